@@ -1,0 +1,33 @@
+"""Sparse backpropagation for JAX that loses nothing of what it drops.
+
+In the order of the data's path: wrap a model, choose what its backward propagates, train.
+"""
+
+from importlib.metadata import version as _version
+
+from msbp_jax import testing as testing
+from msbp_jax.formats import Columns as Columns
+from msbp_jax.formats import Dense as Dense
+from msbp_jax.formats import take_columns as take_columns
+from msbp_jax.kernels import backends as backends
+from msbp_jax.memory import MemorizedState as MemorizedState
+from msbp_jax.memory import memorized as memorized
+from msbp_jax.sparsifiers import RandomKState as RandomKState
+from msbp_jax.sparsifiers import Sparsifier as Sparsifier
+from msbp_jax.sparsifiers import dense as dense
+from msbp_jax.sparsifiers import random_k as random_k
+from msbp_jax.sparsifiers import top_k as top_k
+from msbp_jax.training import Diagnosis as Diagnosis
+from msbp_jax.training import SiteDiagnosis as SiteDiagnosis
+from msbp_jax.training import TrainState as TrainState
+from msbp_jax.training import diagnose as diagnose
+from msbp_jax.training import train_step as train_step
+from msbp_jax.training import value_and_grad as value_and_grad
+from msbp_jax.transform import DenseRow as DenseRow
+from msbp_jax.transform import Report as Report
+from msbp_jax.transform import SparseFunction as SparseFunction
+from msbp_jax.transform import SparseModule as SparseModule
+from msbp_jax.transform import SparseRow as SparseRow
+from msbp_jax.transform import sparse_vjp as sparse_vjp
+
+__version__ = _version("msbp-jax")

@@ -1,0 +1,70 @@
+"""Checks of what users pass, shared by the public functions: expected, got, and what to do instead."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def positive_int(name: str, value: object, meaning: str) -> int:
+    """Return `value` as an int of at least 1, or raise with the argument's name and meaning."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer ({meaning}), got {value!r}.") from None
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1 ({meaning}), got {number}.")
+    return number
+
+
+def fraction(name: str, value: object, *, zero: bool, meaning: str) -> float:
+    """Return `value` as a float in (0, 1], or in [0, 1] where `zero` is allowed, or raise."""
+    interval = "[0, 1]" if zero else "(0, 1]"
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        number = float(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be a number in {interval} ({meaning}), got {value!r}.") from None
+    if not math.isfinite(number) or number > 1 or number < 0 or (number == 0 and not zero):
+        raise ValueError(f"{name} must lie in {interval} ({meaning}), got {number}.")
+    return number
+
+
+def check_parameters(keyed: list[tuple[Any, Any]]) -> None:
+    """Raise unless there are parameters and all of them can be differentiated.
+
+    Raises:
+      TypeError: A leaf is not an array, or not of a floating dtype.
+      ValueError: There is no leaf.
+    """
+    if not keyed:
+        raise ValueError(
+            "The function has no parameters: its first argument has no leaves. Expected f(params, *args) with the arrays "
+            "to be differentiated in params."
+        )
+    for path, leaf in keyed:
+        if not is_array(leaf):
+            raise TypeError(f"Parameter {path_name(path)} must be an array, got {leaf!r}. Move it out of params.")
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"Parameter {path_name(path)} has dtype {leaf.dtype}, expected a floating dtype: it cannot be "
+                "differentiated. Pass it as another argument, outside params."
+            )
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, a tracer or a ShapeDtypeStruct, as opposed to a flag or a Python number."""
+    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """Return a pytree path as it names a site: `Dense_0/kernel`; `params` for a bare array."""
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "params"

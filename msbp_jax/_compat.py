@@ -1,0 +1,93 @@
+"""Every import and every fact that depends on the JAX version, and nothing else.
+
+JAX moves its jaxpr internals between releases. Whoever ports the library to a new JAX reads this file, and only this
+file, to see what it stands on. All names below are public (`jax.extend.core`, `jax.core`); the helpers hide parameter
+layouts that have changed before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.core import Tracer as Tracer
+from jax.core import eval_jaxpr as eval_jaxpr
+from jax.extend.core import ClosedJaxpr as ClosedJaxpr
+from jax.extend.core import Jaxpr as Jaxpr
+from jax.extend.core import JaxprEqn as JaxprEqn
+from jax.extend.core import Literal as Literal
+from jax.extend.core import Var as Var
+from jax.extend.core import jaxprs_in_params as jaxprs_in_params
+from jax.extend.core.primitives import closed_call_p as closed_call_p
+from jax.extend.core.primitives import cond_p as cond_p
+from jax.extend.core.primitives import custom_jvp_call_p as custom_jvp_call_p
+from jax.extend.core.primitives import custom_vjp_call_p as custom_vjp_call_p
+from jax.extend.core.primitives import dot_general_p as dot_general_p
+from jax.extend.core.primitives import dynamic_slice_p as dynamic_slice_p
+from jax.extend.core.primitives import gather_p as gather_p
+from jax.extend.core.primitives import jit_p as jit_p
+from jax.extend.core.primitives import remat_p as remat_p
+from jax.extend.core.primitives import scan_p as scan_p
+from jax.extend.core.primitives import while_p as while_p
+
+# The tracers of forward-mode and reverse-mode differentiation. Only the first is exported, so both go by name.
+_DIFFERENTIATION_TRACERS = frozenset({"JVPTracer", "LinearizeTracer"})
+
+
+def define_vjp_with_logs(function: Any, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
+    """Give a `jax.custom_vjp` function a backward rule that returns `(cotangents, logs)`."""
+    function.defvjp_with_logs(fwd, bwd)
+
+
+def pull_back_with_logs(pullback: Any, cotangent: Any) -> tuple[Any, dict[Any, Any]]:
+    """Apply a pullback of `jax.vjp` and return `(cotangents, logs)`, where `logs` is what the rules logged."""
+    return pullback.with_logs(cotangent)
+
+
+def split_branch_log(log: Any) -> tuple[Any, list[Any]] | None:
+    """Split the log of a rule inside `lax.cond` into (index of the branch that ran, one log or None a branch)."""
+    if type(log).__name__ == "CondSum":
+        return log.index, list(log.branches)
+    return None
+
+
+def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
+    """Return (number of constants, number of carries) of a `scan` equation."""
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def single_equation(eqn: JaxprEqn) -> tuple[Jaxpr, list[Var]]:
+    """Wrap one equation as a jaxpr; the second result is the variables it wants as arguments, in order."""
+    invars = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, Literal)))
+    return Jaxpr([], invars, list(eqn.outvars), [eqn], eqn.effects, debug_info=None), invars
+
+
+def under_differentiation(leaf: Any) -> bool:
+    """Whether `leaf` is, as far as can be seen from here, being differentiated (an enclosing jit hides it)."""
+    for _ in range(16):  # as deep as transformations are ever nested
+        if not isinstance(leaf, Tracer):
+            return False
+        if type(leaf).__name__ in _DIFFERENTIATION_TRACERS:
+            return True
+        leaf = getattr(leaf, "val", None)  # look through vmap
+    return False
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether `leaf` is an array of typed PRNG keys."""
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def closed(jaxpr: Any) -> ClosedJaxpr:
+    """Return a jaxpr with its constants attached (a remat equation holds an open one, without any)."""
+    return jaxpr if hasattr(jaxpr, "consts") else ClosedJaxpr(jaxpr, [])
+
+
+def constrained(values: Any, shardings: Any) -> list[Any]:
+    """Return the values, held to those shardings of a `jit` equation that are given."""
+    return [
+        value if type(sharding).__name__ == "UnspecifiedValue" else jax.lax.with_sharding_constraint(value, sharding)
+        for value, sharding in zip(values, shardings, strict=True)
+    ]

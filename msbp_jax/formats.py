@@ -1,0 +1,122 @@
+r"""Compact cotangents: what a sparsifier returns and a kernel consumes.
+
+A cotangent arrives as a matrix `g[rows, n]`. Rows are cut into `G` consecutive groups of `r`; all rows of a group share
+the `k` columns that are kept. One format covers every granularity: `r = 1` is a choice per example, `G = 1` one
+choice for the whole batch. If `r` does not divide `rows`, the last group is filled up with rows of zeros.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """A few columns of the cotangent for each group of rows: `p[i, index[i // r, j]] = values[i // r, i % r, j]`.
+
+    Attributes:
+      values: The kept entries, `[G, r, k]`, in the dtype of the cotangent.
+      index: Which column each entry stands in, `[G, k]`, int32, distinct within a group.
+      shape: `(rows, n)` of the cotangent that is represented.
+      unchanged: True where the values are entries of the cotangent as they were (top-k), False where they were
+        altered (rescaled); it spares the memory a pass.
+    """
+
+    values: Float[Array, "G r k"]
+    index: Int[Array, "G k"]
+    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    unchanged: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    @property
+    def kept_per_group(self) -> int:
+        """`k`, the number of columns kept for each group."""
+        return self.values.shape[-1]
+
+    @property
+    def rows_per_group(self) -> int:
+        """`r`, the number of consecutive rows that share a choice."""
+        return self.values.shape[-2]
+
+    def kept_columns(self) -> Bool[Array, "G n"]:
+        """Return a mask, True where a group keeps a column."""
+        groups = jnp.arange(self.index.shape[0], dtype=self.index.dtype)[:, None]
+        return jnp.zeros((self.index.shape[0], self.shape[1]), bool).at[groups, self.index].set(True)
+
+    def materialize(self) -> Float[Array, "rows n"]:
+        """Return the dense matrix with zeros where nothing was kept. For tests and for looking, never on the hot path."""
+        groups = jnp.arange(self.index.shape[0], dtype=self.index.dtype)[:, None]
+        empty = jnp.zeros((self.index.shape[0], self.shape[1], self.rows_per_group), self.values.dtype)
+        filled = empty.at[groups, self.index].set(jnp.swapaxes(self.values, 1, 2))
+        return jnp.swapaxes(filled, 1, 2).reshape(-1, self.shape[1])[: self.shape[0]]
+
+    def astype(self, dtype: jax.typing.DTypeLike) -> Columns:
+        """Return the same columns with values of another dtype."""
+        return dataclasses.replace(self, values=self.values.astype(dtype))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """A cotangent with every entry in place: `p = values`.
+
+    Attributes:
+      values: `[rows, n]`, in the dtype of the cotangent.
+    """
+
+    values: Float[Array, "rows n"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(rows, n)`."""
+        return self.values.shape
+
+    def materialize(self) -> Float[Array, "rows n"]:
+        """Return the matrix itself."""
+        return self.values
+
+    def astype(self, dtype: jax.typing.DTypeLike) -> Dense:
+        """Return the same entries in another dtype."""
+        return Dense(self.values.astype(dtype))
+
+
+Format: TypeAlias = Columns | Dense
+
+
+def group_rows(matrix: Float[Array, "rows n"], rows_per_group: int | None) -> Float[Array, "G r n"]:
+    """Cut the rows of a matrix into consecutive groups, with rows of zeros to fill the last one.
+
+    Args:
+      matrix: `[rows, n]`.
+      rows_per_group: `r`; None, or more than there are rows, gives one group.
+
+    Returns:
+      `[G, r, n]` with `G = ceil(rows / r)`.
+    """
+    rows, n = matrix.shape
+    size = rows if rows_per_group is None else min(rows_per_group, rows)
+    missing = -rows % size
+    if missing:
+        matrix = jnp.pad(matrix, ((0, missing), (0, 0)))
+    return matrix.reshape(-1, size, n)
+
+
+def take_columns(cotangent: Float[Array, "rows n"], index: Int[Array, "G k"], rows_per_group: int | None) -> Columns:
+    """Keep, for each group of rows, the columns that `index` names.
+
+    Args:
+      cotangent: `[rows, n]`.
+      index: `[G, k]`, int32, distinct within a group, `G = ceil(rows / rows_per_group)`.
+      rows_per_group: `r`; None for one group.
+
+    Returns:
+      The kept entries as `Columns`.
+    """
+    grouped = group_rows(cotangent, rows_per_group)
+    values = jnp.take_along_axis(grouped, index[:, None, :], axis=2, mode="clip")
+    return Columns(values, index, cotangent.shape)

@@ -1,0 +1,44 @@
+"""Which backend runs an op: the first of a fixed order that does not decline.
+
+A backend declines with `NotImplementedError` ("not me, try the next one"); `ValueError` means that the caller's input is
+wrong and is never caught. A backend that is asked for by name is the only one tried, and its error is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def run(op: str, implementations: Mapping[str, Callable[..., T]], backend: str | None, *args: Any, **kwargs: Any) -> T:
+    """Run `op` on `args` with the first backend, in the mapping's order, that does not decline.
+
+    Args:
+      op: Name of the op, for messages.
+      implementations: Backend name to function, in order of preference; the reference comes last.
+      backend: One name, or None to choose.
+      *args: The op's arguments.
+      **kwargs: The op's keyword arguments.
+
+    Raises:
+      ValueError: No backend of that name.
+      ExceptionGroup: All of them declined; it holds each one's reason.
+    """
+    if backend is not None:
+        return _named(op, implementations, backend)(*args, **kwargs)
+    reasons: list[Exception] = []
+    for implementation in implementations.values():
+        try:
+            return implementation(*args, **kwargs)
+        except NotImplementedError as declined:
+            reasons.append(declined)
+    raise ExceptionGroup(f"every backend of {op} declined", reasons or [NotImplementedError("it has no backend")])
+
+
+def _named(op: str, implementations: Mapping[str, Callable[..., T]], backend: str) -> Callable[..., T]:
+    if backend not in implementations:
+        known = ", ".join(sorted(implementations))
+        raise ValueError(f"{op} has no backend {backend!r}. Expected one of: {known}; or None to let it choose.")
+    return implementations[backend]

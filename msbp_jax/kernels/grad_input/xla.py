@@ -1,0 +1,51 @@
+"""The reference of `grad_input`: gather the kept columns of the weight, then one batched product over the groups.
+
+A weight stored `[m, n]` is gathered along its minor axis and the small block is turned round: transposing the whole
+weight so as to gather rows costs several times more on a CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from msbp_jax.formats import Columns
+from msbp_jax.kernels._chunks import groups_at_once
+
+
+def grad_input(
+    cotangent: Columns, weight: Float[Array, "..."], feature_axis: int, precision: Any = None
+) -> Float[Array, "rows m"]:
+    """See `msbp_jax.kernels.grad_input`."""
+    groups, size, k = cotangent.values.shape
+    m = weight.shape[1 - feature_axis]
+    at_once = groups_at_once(groups, k * m * weight.dtype.itemsize)
+    if at_once == groups:
+        blocks = _product(cotangent.values, _gathered(weight, cotangent.index, feature_axis), precision)
+    else:
+        blocks = lax.map(
+            lambda group: _product(group[0][None], _gathered(weight, group[1][None], feature_axis), precision)[0],
+            (cotangent.values, cotangent.index),
+            batch_size=at_once,
+        )
+    return blocks.reshape(groups * size, m)[: cotangent.shape[0]]
+
+
+def _gathered(weight: Float[Array, "..."], index: Int[Array, "G k"], feature_axis: int) -> Float[Array, "G k m"]:
+    flat = index.reshape(-1)
+    if feature_axis == 0:
+        rows = jnp.take(weight, flat, axis=0, mode="clip")
+    else:
+        rows = jnp.take(weight, flat, axis=1, mode="clip").T
+    return rows.reshape(*index.shape, -1)
+
+
+def _product(
+    values: Float[Array, "G r k"], rows: Float[Array, "G k m"], precision: Any
+) -> Float[Array, "G r m"]:
+    accumulator = jnp.promote_types(jnp.result_type(values, rows), jnp.float32)
+    over_groups = (((2,), (1,)), ((0,), (0,)))
+    return lax.dot_general(values, rows, over_groups, precision=precision, preferred_element_type=accumulator)

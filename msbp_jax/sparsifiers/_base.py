@@ -1,0 +1,113 @@
+r"""The contract of a sparsifier: two pure functions, as in Optax.
+
+    init(aval)            -> state           aval: ShapeDtypeStruct of the cotangent, [rows, n]; never an array
+    apply(u, state)       -> p, state        u: [rows, n]; p: a compact format of `msbp_jax.formats`
+
+Rules that hold for every one of them:
+
+* `apply` is traced under jit, vmap and scan: shapes depend on `u.shape` only, randomness comes from a key in the state
+  and leaves a new key there; nothing is drawn from elsewhere.
+* The state that leaves has the structure, shapes and dtypes of the state that came in.
+* Columns are distinct within a group. Ties go to the lower index. Masks are True = kept.
+* `p` has the dtype of `u`.
+* Rows are consecutive: all leading axes of the layer's output flattened in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+
+from msbp_jax import _checks
+from msbp_jax.formats import Format
+
+State: TypeAlias = Any
+
+
+def _never(aval: jax.ShapeDtypeStruct) -> bool:
+    del aval
+    return False
+
+
+class Sparsifier(NamedTuple):
+    r"""A pair of pure functions that says what of a cotangent is propagated: `p = S(u)`.
+
+    Attributes:
+      init: Takes the cotangent's `jax.ShapeDtypeStruct`, shape `[rows, n]`, and returns the state: a pytree of
+        arrays, `()` for none. Leaves that are typed PRNG keys are made different for every site by the library.
+      apply: Takes `u`, `[rows, n]`, and the state, and returns `(p, state)`, `p` being `Columns` or `Dense`.
+      name: How the report calls it.
+      is_identity: Takes the same `ShapeDtypeStruct` and says whether `S(u) = u` there; such a site is evaluated as
+        plain JAX, without rule or state.
+
+    Example:
+      Keep the first `k` features, whatever they hold:
+
+      >>> import jax.numpy as jnp, msbp_jax as msbp
+      >>> def first(k):
+      ...     def apply(u, state):
+      ...         index = jnp.arange(k, dtype=jnp.int32)[None]
+      ...         return msbp.take_columns(u, index, rows_per_group=None), state
+      ...     return msbp.Sparsifier(init=lambda aval: (), apply=apply, name=f"first({k})")
+      >>> msbp.testing.check_sparsifier(first(3))
+    """
+
+    init: Callable[[jax.ShapeDtypeStruct], State]
+    apply: Callable[[jax.Array, State], tuple[Format, State]]
+    name: str = "custom"
+    is_identity: Callable[[jax.ShapeDtypeStruct], bool] = _never
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+class Count(NamedTuple):
+    """How many columns to keep: a number, or a share of however many there are. Exactly one of them is set."""
+
+    k: int | None
+    density: float | None
+
+    def of(self, n: int) -> int:
+        """Return `min(n, k)`, or `max(1, round(density * n))`."""
+        if self.k is not None:
+            return min(n, self.k)
+        assert self.density is not None
+        return max(1, round(self.density * n))
+
+    def __str__(self) -> str:
+        return f"k={self.k}" if self.k is not None else f"density={self.density:g}"
+
+
+def check_count(caller: str, density: float | None, k: int | None) -> Count:
+    """Return the checked pair, exactly one of which must be given.
+
+    Raises:
+      ValueError: Both or neither are given, `k < 1`, or `density` outside (0, 1].
+      TypeError: `k` is not an integer or `density` not a number.
+    """
+    if (density is None) == (k is None):
+        got = "neither" if k is None else f"density={density!r} and k={k!r}"
+        raise ValueError(
+            f"{caller} takes either density= or k=, got {got}. "
+            f"Write {caller}(density=0.04) for a share of the features or {caller}(k=20) for a number of them."
+        )
+    if k is not None:
+        return Count(_checks.positive_int("k", k, "features kept in each group of rows"), None)
+    return Count(None, _checks.fraction("density", density, zero=False, meaning="share of the features kept"))
+
+
+def check_rows_per_group(rows_per_group: int | None) -> int | None:
+    """Return a checked group size; None means that the whole batch shares one choice."""
+    if rows_per_group is None:
+        return None
+    return _checks.positive_int(
+        "rows_per_group", rows_per_group, "rows that share a choice; None for one choice for the whole batch"
+    )
+
+
+def describe(name: str, count: Count, rows_per_group: int | None) -> str:
+    """Return the name that reports show."""
+    group = "all" if rows_per_group is None else rows_per_group
+    return f"{name}({count}, rows_per_group={group})"

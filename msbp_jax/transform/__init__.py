@@ -1,0 +1,8 @@
+"""The transformation: from a model or a function to one with a sparse backward."""
+
+from msbp_jax.transform._function import SparseFunction as SparseFunction
+from msbp_jax.transform._linen import SparseModule as SparseModule
+from msbp_jax.transform._report import DenseRow as DenseRow
+from msbp_jax.transform._report import Report as Report
+from msbp_jax.transform._report import SparseRow as SparseRow
+from msbp_jax.transform.sparse_vjp import sparse_vjp as sparse_vjp

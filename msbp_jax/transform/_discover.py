@@ -1,0 +1,200 @@
+"""Find every contraction of a program, and for each whether, and on which side, it has a parameter.
+
+One walk over the jaxpr carries a `Source` for every variable through jit, scan, cond, remat and the rest. A contraction
+is named by its place: the indices of the equations that lead to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from msbp_jax import _compat
+from msbp_jax.rules import Side
+from msbp_jax.transform._sources import CONSTANT, Source, union
+
+Place = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Loop:
+    """A scan around a contraction.
+
+    Attributes:
+      length: Its number of iterations.
+      instances: True if the weight differs between iterations (stacked layers: one memory each), False if it is the same
+        one (time steps: one memory).
+    """
+
+    length: int
+    instances: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A contraction of the program.
+
+    Attributes:
+      place: Where in the program it stands.
+      params: Parameters of its equation.
+      lhs: Shape and dtype of the left operand, within its loops.
+      rhs: Shape and dtype of the right operand.
+      out_dtype: Dtype of the result, hence of its gradient.
+      lhs_source: What the left operand is made from.
+      rhs_source: What the right operand is made from.
+      loops: The scans around it, outermost first.
+      sealed: Why it cannot be given a rule ("" if it can).
+    """
+
+    place: Place
+    params: dict[str, Any]
+    lhs: jax.ShapeDtypeStruct
+    rhs: jax.ShapeDtypeStruct
+    out_dtype: Any
+    lhs_source: Source
+    rhs_source: Source
+    loops: tuple[Loop, ...]
+    sealed: str
+
+    @property
+    def side(self) -> Side | None:
+        """Which operand is a weight; None if neither or both are."""
+        if self.lhs_source.is_weight == self.rhs_source.is_weight:
+            return None
+        return "lhs" if self.lhs_source.is_weight else "rhs"
+
+
+def discover(jaxpr: _compat.ClosedJaxpr, sources: Sequence[Source]) -> list[Found]:
+    """Return the contractions of a program in the order in which they stand in it.
+
+    Args:
+      jaxpr: The program.
+      sources: What its arguments are.
+    """
+    walk = _Walk()
+    walk.jaxpr(jaxpr, sources, (), (), "")
+    return sorted(walk.found.values(), key=lambda found: found.place)
+
+
+class _Walk:
+    def __init__(self) -> None:
+        self.found: dict[Place, Found] = {}
+
+    def jaxpr(
+        self,
+        jaxpr: _compat.ClosedJaxpr,
+        sources: Sequence[Source],
+        place: Place,
+        scans: tuple[tuple[Place, int], ...],
+        sealed: str,
+    ) -> list[Source]:
+        """Walk one jaxpr; return the sources of its results."""
+        known: dict[_compat.Var, Source] = dict.fromkeys(jaxpr.jaxpr.constvars, CONSTANT)
+        known.update(zip(jaxpr.jaxpr.invars, sources, strict=True))
+
+        def read(atom: Any) -> Source:
+            return CONSTANT if isinstance(atom, _compat.Literal) else known[atom]
+
+        for number, eqn in enumerate(jaxpr.jaxpr.eqns):
+            inputs = [read(atom) for atom in eqn.invars]
+            outputs = self.equation(eqn, inputs, (*place, number), scans, sealed)
+            known.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(atom) for atom in jaxpr.jaxpr.outvars]
+
+    def equation(
+        self,
+        eqn: _compat.JaxprEqn,
+        inputs: list[Source],
+        place: Place,
+        scans: tuple[tuple[Place, int], ...],
+        sealed: str,
+    ) -> list[Source]:
+        """Walk one equation; return the sources of its results."""
+        match eqn.primitive:
+            case _compat.dot_general_p:
+                self._contraction(eqn, inputs, place, scans, sealed)
+            case _compat.jit_p | _compat.remat_p:
+                return self.jaxpr(_compat.closed(eqn.params["jaxpr"]), inputs, place, scans, sealed)
+            case _compat.closed_call_p:
+                return self.jaxpr(eqn.params["call_jaxpr"], inputs, place, scans, sealed)
+            case _compat.scan_p:
+                return self._scan(eqn, inputs, place, scans, sealed)
+            case _compat.cond_p:
+                results = [
+                    self.jaxpr(branch, inputs[1:], (*place, number), scans, sealed)
+                    for number, branch in enumerate(eqn.params["branches"])
+                ]
+                chosen_by = inputs[0]
+                return [union((chosen_by, *results_of)) for results_of in zip(*results, strict=True)]
+            case _:
+                self._opaque(eqn, inputs, place, scans, sealed)
+        return [union(inputs)] * len(eqn.outvars)
+
+    def _contraction(
+        self,
+        eqn: _compat.JaxprEqn,
+        inputs: list[Source],
+        place: Place,
+        scans: tuple[tuple[Place, int], ...],
+        sealed: str,
+    ) -> None:
+        lhs, rhs = (jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in eqn.invars)
+        weight = inputs[0] if inputs[0].is_weight else inputs[1]
+        self.found[place] = Found(
+            place=place,
+            params=dict(eqn.params),
+            lhs=lhs,
+            rhs=rhs,
+            out_dtype=eqn.outvars[0].aval.dtype,
+            lhs_source=inputs[0],
+            rhs_source=inputs[1],
+            loops=tuple(Loop(length=length, instances=scan in weight.varies) for scan, length in scans),
+            sealed=sealed,
+        )
+
+    def _scan(
+        self,
+        eqn: _compat.JaxprEqn,
+        inputs: list[Source],
+        place: Place,
+        scans: tuple[tuple[Place, int], ...],
+        sealed: str,
+    ) -> list[Source]:
+        body, length = eqn.params["jaxpr"], eqn.params["length"]
+        consts, carries = _compat.scan_arity(eqn.params)
+        inner = (*scans, (place, length))
+        # A carry that the body hands on untouched is a constant in all but name.
+        handed_on = [
+            body.jaxpr.outvars[i] is body.jaxpr.invars[consts + i] for i in range(carries)
+        ]
+        fixed, carry, sliced = inputs[:consts], inputs[consts : consts + carries], inputs[consts + carries :]
+        while True:
+            arguments = [
+                *fixed,
+                *(c if same else c.within(place) for c, same in zip(carry, handed_on, strict=True)),
+                *(s.within(place) for s in sliced),
+            ]
+            results = self.jaxpr(body, arguments, place, inner, sealed)
+            grown = [c | r.outside(place) for c, r in zip(carry, results[:carries], strict=True)]
+            if grown == list(carry):
+                return [*grown, *(r.outside(place) for r in results[carries:])]
+            carry = grown
+
+    def _opaque(
+        self,
+        eqn: _compat.JaxprEqn,
+        inputs: list[Source],
+        place: Place,
+        scans: tuple[tuple[Place, int], ...],
+        sealed: str,
+    ) -> None:
+        """Look into a body that keeps its own derivative rule or has none, so that the report can name what is there."""
+        reason = sealed or f"inside {eqn.primitive.name}, which keeps its own derivative"
+        for number, body in enumerate(_compat.jaxprs_in_params(eqn.params)):
+            arguments = inputs if len(body.invars) == len(inputs) else [union(inputs)] * len(body.invars)
+            self.jaxpr(_compat.closed(body), arguments, (*place, number), scans, reason)
+
+

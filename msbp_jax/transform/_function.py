@@ -1,0 +1,99 @@
+"""The adapter for functions `f(params, *args)`; the other adapters are built on it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from msbp_jax import _compat
+from msbp_jax.sparsifiers._base import State
+from msbp_jax.transform._plan import Plan
+from msbp_jax.transform._program import Program, trace
+from msbp_jax.transform._report import Report, make_report
+
+
+class SparseFunction:
+    """A function whose contractions with a parameter have a sparse backward; made by `sparse_vjp`.
+
+    Attributes:
+      function: The function that was wrapped.
+    """
+
+    def __init__(self, function: Callable[..., Any], plan: Plan, backend: str | None) -> None:
+        functools.update_wrapper(self, function, updated=())
+        self.function = function
+        self._plan = plan
+        self._backend = backend
+
+    def __call__(self, params: Any, *args: Any, memory: Any = None, **kwargs: Any) -> Any:
+        """Return `f(params, *args, **kwargs)`; with `memory`, its derivative is the sparse one.
+
+        Args:
+          params: A pytree of floating arrays: what is differentiated.
+          *args: Anything else. Arrays are data, other leaves (flags) are passed as they are.
+          memory: What `init_memory` or the last step returned. Without it the call is the plain function, for
+            evaluation.
+          **kwargs: As `*args`.
+
+        Raises:
+          TypeError: A parameter is not a floating array, or `memory` not a mapping.
+          ValueError: `memory` is missing where the call is seen to be differentiated, or of another model, plan or
+            batch; there are no parameters; a pattern of the plan matches nothing.
+        """
+        if memory is not None:
+            return self._program(params, args, kwargs).run(memory)
+        leaves = jax.tree.leaves((params, args, kwargs))
+        if any(_compat.under_differentiation(leaf) for leaf in leaves) and self._is_sparse(params, args, kwargs):
+            raise ValueError(
+                f"{self._name()} is differentiated without its memory, which would be a dense backward. Pass "
+                "memory=..., as init_memory returned it, or differentiate the plain function."
+            )
+        return self.function(params, *args, **kwargs)
+
+    def init_memory(self, params: Any, *args: Any, **kwargs: Any) -> dict[str, State]:
+        """Return the memory at the start, without running the function.
+
+        Args:
+          params: As in a call; ShapeDtypeStructs will do.
+          *args: As in a call, likewise.
+          **kwargs: As in a call, likewise.
+
+        Returns:
+          A dict from site names to the state of their sparsifier: a plain pytree of arrays.
+
+        Raises:
+          TypeError: A parameter is not a floating array.
+          ValueError: There are no parameters, no contraction with one, or a pattern of the plan matches nothing.
+        """
+        return self._program(params, args, kwargs).init_memory()
+
+    def report(self, params: Any, *args: Any, **kwargs: Any) -> Report:
+        """Return what is sparse and what stays dense, and why; `print` it.
+
+        Args:
+          params: As in a call; ShapeDtypeStructs will do.
+          *args: As in a call, likewise.
+          **kwargs: As in a call, likewise.
+
+        Raises:
+          TypeError: A parameter is not a floating array.
+          ValueError: There are no parameters, no contraction with one, or a pattern of the plan matches nothing.
+        """
+        return make_report(self._program(params, args, kwargs).sites, self._backend)
+
+    def __repr__(self) -> str:
+        """Return the wrapped function and the plan."""
+        entries = ", ".join(f"{pattern!r}: {sparsifier}" for pattern, sparsifier in self._plan.entries)
+        return f"sparse_vjp({self._name()}, {{{entries}}})"
+
+    def _program(self, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+        return trace(self.function, self._plan, self._backend, params, args, kwargs)
+
+    def _is_sparse(self, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return bool(self._program(params, args, kwargs).sparse_sites)
+
+    def _name(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)

@@ -1,0 +1,137 @@
+"""The adapter for Flax Linen modules: `init` is the module's, `apply` takes a memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.nnx as nnx
+import jax
+
+from msbp_jax.sparsifiers._base import State
+from msbp_jax.transform._function import SparseFunction
+from msbp_jax.transform._plan import Plan
+from msbp_jax.transform._report import Report
+
+
+class SparseModule:
+    """A Linen module whose contractions with a parameter have a sparse backward; made by `sparse_vjp`.
+
+    Attributes:
+      module: The module that was wrapped.
+    """
+
+    def __init__(self, module: nn.Module, plan: Plan, backend: str | None) -> None:
+        self.module = module
+        self._plan = plan
+        self._backend = backend
+
+    def init(self, *args: Any, **kwargs: Any) -> Any:
+        """Return exactly what the plain module's `init` returns."""
+        return self.module.init(*args, **kwargs)
+
+    def init_with_output(self, *args: Any, **kwargs: Any) -> Any:
+        """Return exactly what the plain module's `init_with_output` returns."""
+        return self.module.init_with_output(*args, **kwargs)
+
+    def lazy_init(self, *args: Any, **kwargs: Any) -> Any:
+        """Return exactly what the plain module's `lazy_init` returns."""
+        return self.module.lazy_init(*args, **kwargs)
+
+    def tabulate(self, *args: Any, **kwargs: Any) -> str:
+        """Return exactly what the plain module's `tabulate` returns."""
+        return self.module.tabulate(*args, **kwargs)
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, memory: Any = None, **kwargs: Any) -> Any:
+        """Return what the plain module's `apply` returns; with `memory`, its derivative is the sparse one.
+
+        Args:
+          variables: The module's variables; the collection "params" is what is differentiated.
+          *args: Arguments of the module.
+          memory: What `init_memory` or the last step returned. Without it the call is the plain module's, for
+            evaluation.
+          **kwargs: Further arguments, `rngs`, `mutable`, `method` and `capture_intermediates` included.
+
+        Raises:
+          TypeError: A parameter is not a floating array, or `memory` not a mapping.
+          ValueError: `memory` is missing where the call is seen to be differentiated, or of another model, plan or
+            batch; `variables` have no parameters; a pattern of the plan matches nothing.
+        """
+        params, others = _split(variables)
+        return self._function(kwargs)(params, others, args, _traced(kwargs), memory=memory)
+
+    def init_memory(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, State]:
+        """Return the memory at the start, without running the module.
+
+        Args:
+          variables: As in `apply`; ShapeDtypeStructs will do.
+          *args: As in `apply`, likewise.
+          **kwargs: As in `apply`, likewise.
+
+        Returns:
+          A dict from site names to the state of their sparsifier: a plain pytree of arrays.
+
+        Raises:
+          TypeError: A parameter is not a floating array.
+          ValueError: `variables` have no parameters, or a pattern of the plan matches nothing.
+        """
+        params, others = _split(variables)
+        return self._function(kwargs).init_memory(params, others, args, _traced(kwargs))
+
+    def report(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Report:
+        """Return what is sparse and what stays dense, and why; `print` it.
+
+        Args:
+          variables: As in `apply`; ShapeDtypeStructs will do.
+          *args: As in `apply`, likewise.
+          **kwargs: As in `apply`, likewise.
+
+        Raises:
+          TypeError: A parameter is not a floating array.
+          ValueError: `variables` have no parameters, or a pattern of the plan matches nothing.
+        """
+        params, others = _split(variables)
+        return self._function(kwargs).report(params, others, args, _traced(kwargs))
+
+    def __repr__(self) -> str:
+        """Return the wrapped module and the plan."""
+        entries = ", ".join(f"{pattern!r}: {sparsifier}" for pattern, sparsifier in self._plan.entries)
+        return f"sparse_vjp({type(self.module).__name__}, {{{entries}}})"
+
+    def _function(self, kwargs: Mapping[str, Any]) -> SparseFunction:
+        how = {name: value for name, value in kwargs.items() if name in _HOW}
+
+        def apply(params: Any, others: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self.module.apply({"params": params, **others}, *args, **how, **kwargs)
+
+        apply.__name__ = type(self.module).__name__
+        return SparseFunction(apply, self._plan, self._backend)
+
+
+# Arguments of `apply` that say how to apply; they are no pytrees of arrays.
+_HOW = frozenset({"method", "mutable", "capture_intermediates"})
+
+
+def _traced(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in _HOW}
+
+
+def _split(variables: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if not isinstance(variables, Mapping) or "params" not in variables or not jax.tree.leaves(variables["params"]):
+        got = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(
+            'The first argument must be the module\'s variables with parameters in the collection "params", as in '
+            f'{{"params": params}}; got {got}.'
+        )
+    return variables["params"], {name: tree for name, tree in variables.items() if name != "params"}
+
+
+def is_linen(target: Any) -> bool:
+    """Whether `target` is a Linen module."""
+    return isinstance(target, nn.Module)
+
+
+def is_nnx(target: Any) -> bool:
+    """Whether `target` is an NNX module."""
+    return isinstance(target, nnx.Module)

@@ -1,0 +1,79 @@
+"""Which sparsifier a site gets: one for all, or patterns over site names, the first match of which wins."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Mapping
+
+from msbp_jax import _checks
+from msbp_jax.sparsifiers import Sparsifier
+
+EVERYTHING = "*"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Patterns in their order, and the width below which sparsity does not pay.
+
+    Attributes:
+      entries: Pairs of a shell-style pattern (`*` crosses `/`) and a sparsifier.
+      min_features: Sites with fewer output features stay dense.
+    """
+
+    entries: tuple[tuple[str, Sparsifier], ...]
+    min_features: int
+
+    def match(self, name: str) -> Sparsifier | None:
+        """Return the sparsifier of the first pattern that matches a site's name, or the name without `#2`, `#3`, ...
+
+        A contraction without a parameter has a name that starts with `@`; only a pattern that does so too matches it.
+        """
+        for pattern, sparsifier in self.entries:
+            if _matches(pattern, name):
+                return sparsifier
+        return None
+
+    def check_used(self, names: Iterable[str]) -> None:
+        """Raise if a pattern matches none of the names.
+
+        Raises:
+          ValueError: It names the patterns, and the sites that there are.
+        """
+        known = list(names)
+        unused = [p for p, _ in self.entries if p != EVERYTHING and not any(_matches(p, name) for name in known)]
+        if unused:
+            sites = ", ".join(known) or "none"
+            raise ValueError(
+                f"The plan has patterns that match no contraction: {', '.join(map(repr, unused))}. "
+                f"The contractions of this program are: {sites}. Mend the pattern, or take it out."
+            )
+
+
+def make_plan(plan: Sparsifier | Mapping[str, Sparsifier], min_features: int) -> Plan:
+    """Return a checked plan.
+
+    Raises:
+      TypeError: It is neither a sparsifier nor a mapping from patterns to sparsifiers.
+      ValueError: It is empty, or `min_features < 1`.
+    """
+    smallest = _checks.positive_int("min_features", min_features, "sites with fewer output features stay dense")
+    if isinstance(plan, Sparsifier):
+        return Plan(((EVERYTHING, plan),), smallest)
+    if not isinstance(plan, Mapping):
+        raise TypeError(
+            "sparse_vjp takes a Sparsifier such as msbp.top_k(density=0.04, rows_per_group=32), or a mapping from "
+            f"patterns over site names to sparsifiers, got {plan!r}."
+        )
+    if not plan:
+        raise ValueError('The plan is empty. Give at least one entry, such as {"*": msbp.top_k(density=0.04)}.')
+    for pattern, sparsifier in plan.items():
+        if not isinstance(pattern, str) or not isinstance(sparsifier, Sparsifier):
+            raise TypeError(f"A plan maps str to Sparsifier, got {pattern!r}: {sparsifier!r}.")
+    return Plan(tuple(plan.items()), smallest)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if name.startswith("@") != pattern.startswith("@"):
+        return False
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.partition("#")[0], pattern)

@@ -1,0 +1,161 @@
+"""What `sparse_vjp` does with a program, one row a contraction, and what it leaves dense, with the reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from msbp_jax import kernels
+from msbp_jax.formats import Columns
+from msbp_jax.kernels import cost
+from msbp_jax.transform._sites import Site
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SparseRow:
+    """A contraction with a sparse backward.
+
+    Attributes:
+      name: Path of its parameter.
+      contraction: Shapes, `lhs x rhs`.
+      rows: Rows of the gradient.
+      m: Contracted features.
+      n: Output features.
+      sparsifier: Name of its sparsifier.
+      k: Features kept; None where it cannot be known before running.
+      rows_per_group: Rows that share a choice; None likewise.
+      backend: Backend that will run.
+      saved: Share of the backward's multiply-adds that is saved.
+      instances: How many memories it has (stacked layers).
+      warning: Why it will probably be slower than dense ("" if not).
+    """
+
+    name: str
+    contraction: str
+    rows: int
+    m: int
+    n: int
+    sparsifier: str
+    k: int | None
+    rows_per_group: int | None
+    backend: str
+    saved: float
+    instances: int
+    warning: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DenseRow:
+    """A contraction that stays dense.
+
+    Attributes:
+      name: Path of its parameter, or `@dot_general_i` where it has none.
+      contraction: Shapes, `lhs x rhs`.
+      reason: Why.
+    """
+
+    name: str
+    contraction: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What is sparse and what is not; `print` it.
+
+    Attributes:
+      sparse: The sparse contractions.
+      dense: The others.
+      saved: Share of the multiply-adds of the whole backward, over all contractions, that is saved.
+    """
+
+    sparse: tuple[SparseRow, ...]
+    dense: tuple[DenseRow, ...]
+    saved: float
+
+    def __str__(self) -> str:
+        """Return two tables."""
+        text = io.StringIO()
+        console = Console(file=text, width=160, force_terminal=False)
+        console.print(_sparse_table(self))
+        if self.dense:
+            console.print(_dense_table(self.dense))
+        for row in self.sparse:
+            if row.warning:
+                console.print(f"{row.name}: {row.warning}", highlight=False)
+        return text.getvalue().rstrip()
+
+
+def make_report(sites: list[Site], backend: str | None) -> Report:
+    """Return the report of a program's sites."""
+    sparse = tuple(_sparse_row(site, backend) for site in sites if site.sparsifier is not None)
+    dense = tuple(
+        DenseRow(name=site.name, contraction=_shapes(site), reason=site.reason)
+        for site in sites
+        if site.sparsifier is None
+    )
+    work = {site.name: site.repeats * site.algebra.rows * site.algebra.m * site.algebra.n for site in sites}
+    saved = sum(row.saved * work[row.name] for row in sparse) / max(1, sum(work.values()))
+    return Report(sparse=sparse, dense=dense, saved=saved)
+
+
+def _sparse_row(site: Site, backend: str | None) -> SparseRow:
+    assert site.sparsifier is not None
+    algebra = site.algebra
+    kept = _kept(site)
+    k, group = kept or (None, None)
+    instances = 1
+    for size in site.instances:
+        instances *= size
+    return SparseRow(
+        name=site.name,
+        contraction=_shapes(site),
+        rows=algebra.rows,
+        m=algebra.m,
+        n=algebra.n,
+        sparsifier=site.sparsifier.name,
+        k=k,
+        rows_per_group=group,
+        backend=backend or kernels.backends()["grad_input"][0],
+        saved=0.0 if k is None else 1 - k / algebra.n,
+        instances=instances,
+        warning="" if kept is None else cost.warning(algebra.rows, algebra.m, algebra.n, *kept),
+    )
+
+
+def _kept(site: Site) -> tuple[int, int] | None:
+    """Return (k, rows per group), which the sparsifier's abstract result tells; None if it is not `Columns`."""
+    assert site.sparsifier is not None
+    state = jax.eval_shape(lambda: site.sparsifier.init(site.cotangent))
+    p, _ = jax.eval_shape(site.sparsifier.apply, site.cotangent, state)
+    return (p.kept_per_group, p.rows_per_group) if isinstance(p, Columns) else None
+
+
+def _shapes(site: Site) -> str:
+    lhs, rhs = ("x".join(map(str, aval.shape)) or "scalar" for aval in (site.found.lhs, site.found.rhs))
+    return f"{lhs} . {rhs}"
+
+
+def _sparse_table(report: Report) -> Table:
+    table = Table(title=f"Sparse backward: {report.saved:.1%} of all backward multiply-adds saved", title_justify="left")
+    for heading in ("site", "contraction", "sparsifier", "k of n", "rows/group", "memories", "backend", "saved"):
+        table.add_column(heading, overflow="fold")
+    for row in report.sparse:
+        k = "?" if row.k is None else str(row.k)
+        group = "?" if row.rows_per_group is None else str(row.rows_per_group)
+        cells = (f"{k} of {row.n}", group, str(row.instances), row.backend, f"{row.saved:.1%}")
+        table.add_row(row.name, row.contraction, row.sparsifier, *cells)
+    return table
+
+
+def _dense_table(rows: tuple[DenseRow, ...]) -> Table:
+    table = Table(title="Dense backward", title_justify="left")
+    for heading in ("site", "contraction", "reason"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(row.name, row.contraction, row.reason)
+    return table

@@ -1,0 +1,183 @@
+"""Sites: the contractions of a program with their names, their sparsifiers, and the memory they need.
+
+A site is named by the path of the parameter that reaches it (`Dense_0/kernel`); a second use of the same parameter is
+`...#2`. A contraction without a parameter is `@dot_general_0`, `@dot_general_1`, ...: dense unless the plan names it.
+"""
+
+from __future__ import annotations
+
+import collections
+import collections.abc
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from msbp_jax import _compat
+from msbp_jax.rules import Contraction, Side, contraction, unwrap
+from msbp_jax.sparsifiers import Sparsifier
+from msbp_jax.sparsifiers._base import State
+from msbp_jax.transform._discover import Found
+from msbp_jax.transform._plan import Plan
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """A contraction under its name.
+
+    Attributes:
+      name: Path of its parameter.
+      found: The contraction in the program.
+      side: Which operand is the weight.
+      algebra: Its dimensions.
+      sparsifier: Its sparsifier; None where it stays dense.
+      reason: Why it stays dense ("" if it does not).
+    """
+
+    name: str
+    found: Found
+    side: Side
+    algebra: Contraction
+    sparsifier: Sparsifier | None
+    reason: str
+
+    @property
+    def cotangent(self) -> jax.ShapeDtypeStruct:
+        """Shape `[rows, n]` and dtype of the gradient that the sparsifier sees."""
+        return jax.ShapeDtypeStruct((self.algebra.rows, self.algebra.n), self.found.out_dtype)
+
+    @property
+    def instances(self) -> tuple[int, ...]:
+        """Leading axes of the memory: layers stacked by scans, then batch axes of the contraction."""
+        stacked = tuple(loop.length for loop in self.found.loops if loop.instances)
+        return (*stacked, self.algebra.batch) if self.algebra.batch_shape else stacked
+
+    @property
+    def repeats(self) -> int:
+        """How often the contraction runs in a step."""
+        return math.prod(loop.length for loop in self.found.loops) * self.algebra.batch
+
+    def init(self, number: int) -> State:
+        """Return the state at the start; PRNG keys in it become those of site `number`, and differ by instance."""
+        assert self.sparsifier is not None
+
+        def spread(leaf: Any) -> jax.Array:
+            leaf = jnp.asarray(leaf)
+            if not _compat.is_key(leaf):
+                return jnp.broadcast_to(leaf, (*self.instances, *leaf.shape))
+            leaf = jax.random.fold_in(leaf, number) if leaf.ndim == 0 else leaf
+            return jax.random.split(leaf, self.instances) if self.instances and leaf.ndim == 0 else leaf
+
+        return jax.tree.map(spread, self.sparsifier.init(self.cotangent))
+
+
+def name_sites(found: Sequence[Found], parameters: Sequence[tuple[str, int]], plan: Plan) -> list[Site]:
+    """Return the sites of a program.
+
+    Args:
+      found: Its contractions, in the program's order.
+      parameters: Path and size of each parameter leaf.
+      plan: Which sparsifier each site gets.
+
+    Raises:
+      ValueError: A pattern of the plan matches nothing.
+    """
+    uses: collections.Counter[str] = collections.Counter()
+    sites = []
+    for contraction_found in found:
+        if not jnp.issubdtype(contraction_found.out_dtype, jnp.floating):
+            continue  # nothing to differentiate
+        name = _name(contraction_found, parameters)
+        uses[name] += 1
+        if name.startswith("@"):
+            name = f"{name}_{uses[name] - 1}"
+        elif uses[name] > 1:
+            name = f"{name}#{uses[name]}"
+        sites.append(_site(name, contraction_found, plan))
+    plan.check_used([site.name for site in sites])
+    return sites
+
+
+def init_memory(sites: Sequence[Site]) -> dict[str, State]:
+    """Return the memory of all sparse sites at the start."""
+    return {site.name: site.init(number) for number, site in enumerate(sites) if site.sparsifier is not None}
+
+
+def check_memory(memory: Any, sites: Sequence[Site]) -> None:
+    """Raise unless `memory` is of these sites.
+
+    Raises:
+      TypeError: It is not a mapping.
+      ValueError: Sites are missing or unknown, or a site's state has another structure or other shapes.
+    """
+    if not isinstance(memory, collections.abc.Mapping):
+        raise TypeError(f"memory must be what init_memory returned, a mapping by site name, got {type(memory).__name__}.")
+    expected = jax.eval_shape(lambda: init_memory(sites))
+    missing, unknown = sorted(expected.keys() - memory.keys()), sorted(memory.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(
+            "memory is not of this model and plan: "
+            f"it lacks the sites {missing or 'none'} and has the unknown sites {unknown or 'none'}. "
+            "Make it with init_memory of the same wrapped model."
+        )
+    for name, wanted in expected.items():
+        given = unwrap(memory[name])[0]
+        if jax.tree.structure(given) != jax.tree.structure(wanted):
+            raise ValueError(
+                f"memory of site {name} has another structure: expected {jax.tree.structure(wanted)}, got "
+                f"{jax.tree.structure(given)}. Make it with init_memory of the same wrapped model."
+            )
+        for want, have in zip(jax.tree.leaves(wanted), jax.tree.leaves(given), strict=True):
+            shape, dtype = getattr(have, "shape", None), getattr(have, "dtype", None)
+            if want.shape != shape or want.dtype != dtype:
+                raise ValueError(
+                    f"memory of site {name} has shape {shape} and dtype {dtype}, expected {want.shape} and "
+                    f'{want.dtype}. It comes from another model or, with reduce="slot", from another batch size: '
+                    "make it with init_memory of the same wrapped model and arguments of these shapes."
+                )
+
+
+def _name(found: Found, parameters: Sequence[tuple[str, int]]) -> str:
+    if found.side is None:
+        return "@dot_general"
+    source = found.lhs_source if found.side == "lhs" else found.rhs_source
+    # A weight put together from several leaves (a low-rank update, a scale) is named after the largest.
+    return min((-parameters[leaf][1], leaf, parameters[leaf][0]) for leaf in source.parameters)[2]
+
+
+def _site(name: str, found: Found, plan: Plan) -> Site:
+    side: Side = found.side or "rhs"
+    algebra = contraction(found.params["dimension_numbers"], found.lhs.shape, found.rhs.shape, side)
+    aval = jax.ShapeDtypeStruct((algebra.rows, algebra.n), found.out_dtype)
+    sparsifier = plan.match(name)
+    reason = ""
+    if found.sealed:
+        reason = found.sealed
+    elif sparsifier is None:
+        reason = _unnamed(found)
+    elif sparsifier.is_identity(aval):
+        reason = f"{sparsifier.name} keeps all {algebra.n} features"
+    elif algebra.n < plan.min_features:
+        reason = f"{algebra.n} features, fewer than min_features={plan.min_features}"
+    elif algebra.rows == 0 or algebra.m == 0:
+        reason = "it is empty"
+    return Site(
+        name=name,
+        found=found,
+        side=side,
+        algebra=algebra,
+        sparsifier=None if reason else sparsifier,
+        reason=reason,
+    )
+
+
+def _unnamed(found: Found) -> str:
+    if found.side is not None:
+        return "no pattern of the plan matches"
+    lhs, rhs = found.lhs_source, found.rhs_source
+    if lhs.is_weight and rhs.is_weight:
+        return "both operands are parameters"
+    return "no operand is a parameter alone; a pattern that starts with @ can name it"

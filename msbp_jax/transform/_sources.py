@@ -1,0 +1,54 @@
+"""Data flow: what every variable of a program was made from, as far as finding parameters needs it.
+
+A variable that depends on parameters and on nothing the data touches is a weight, however it was reshaped, cast, tied,
+scaled or put together from several leaves. Everything that any example argument reaches is data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """Where a variable comes from.
+
+    Attributes:
+      parameters: Numbers of the parameter leaves it depends on.
+      data: Whether it depends on an argument that is not a parameter.
+      varies: The scans (by their place in the program) over whose iterations it is not constant.
+    """
+
+    parameters: frozenset[int] = frozenset()
+    data: bool = False
+    varies: frozenset[tuple[int, ...]] = frozenset()
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is made from parameters alone."""
+        return bool(self.parameters) and not self.data
+
+    def __or__(self, other: Source) -> Source:
+        """Return the source of something made from both."""
+        if other is self:
+            return self
+        return Source(self.parameters | other.parameters, self.data or other.data, self.varies | other.varies)
+
+    def within(self, scan: tuple[int, ...]) -> Source:
+        """Return the source of what changes from one iteration of `scan` to the next."""
+        return dataclasses.replace(self, varies=self.varies | {scan})
+
+    def outside(self, scan: tuple[int, ...]) -> Source:
+        """Return the source of what `scan` returns."""
+        return dataclasses.replace(self, varies=self.varies - {scan})
+
+
+CONSTANT = Source()
+DATA = Source(data=True)
+
+
+def union(sources: Iterable[Source]) -> Source:
+    """Return the source of something made from all of them."""
+    return functools.reduce(Source.__or__, sources, CONSTANT)

@@ -1,0 +1,88 @@
+r"""`sparse_vjp`: give every contraction with a parameter a sparse backward.
+
+    f(params, *args)                        ->   f(params, *args, memory=memory)
+
+The function is traced to a jaxpr (`_program`); data flow (`_sources`, `_discover`) finds the contractions with a
+parameter on one side; they get a name and, from the plan, a sparsifier (`_sites`, `_plan`); the program is evaluated
+with rules in their place (`_evaluate`), whose forward is the contraction itself and whose backward is
+
+    u = g + m,   p = S(u),   dx = p wᵀ,   dw = xᵀ p,   m' = decay R(u - p).
+
+It is applied before differentiation. Without `memory` the wrapped function is the function itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from msbp_jax import kernels
+from msbp_jax.sparsifiers import Sparsifier
+from msbp_jax.transform._function import SparseFunction
+from msbp_jax.transform._linen import SparseModule, is_linen, is_nnx
+from msbp_jax.transform._plan import make_plan
+
+
+def sparse_vjp(
+    target: Any,
+    plan: Sparsifier | Mapping[str, Sparsifier],
+    *,
+    min_features: int = 64,
+    backend: str | None = None,
+) -> Any:
+    r"""Wrap a model or a function so that its backward propagates only the important part of each gradient.
+
+    For every contraction `y = x w` of a parameter with data, and `g = dL/dy`,
+
+        u = g + m,   p = S(u),   dx = p wᵀ,   dw = xᵀ p,   m' = decay R(u - p),
+
+    where `S` is the sparsifier and `m` its memory, if it has one. The forward is untouched, and so are biases, everything
+    elementwise, and contractions without a parameter. Contractions are found inside jit, scan, cond, remat and vmap;
+    bodies of `while` and functions with a derivative rule of their own are left alone, and named in the report.
+
+    Args:
+      target: A Flax Linen module, or a function `f(params, *args)` whose first argument is a pytree of floating arrays.
+      plan: A sparsifier for all sites, or a mapping from shell-style patterns over site names to sparsifiers, of which
+        the first match wins; sites that no pattern matches stay dense. Sites are named by the path of their parameter.
+      min_features: Sites with fewer output features stay dense; there is little to choose from and nothing to gain.
+      backend: Which backend runs the products; None chooses, `msbp.backends()` lists them.
+
+    Returns:
+      For a Linen module, an object with its `init`, and with `apply`, `init_memory` and `report`. For a function, a
+      function with `init_memory` and `report`. Both take `memory=`.
+
+    Raises:
+      TypeError: `target` is not a Linen module or a function, or the plan not of sparsifiers.
+      ValueError: The plan is empty, `min_features < 1`, or `backend` unknown.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, msbp_jax as msbp
+      >>> def f(params, x):
+      ...     return jnp.tanh(x @ params["w1"]) @ params["w2"]
+      >>> params = {"w1": jnp.ones((8, 128)), "w2": jnp.ones((128, 1))}
+      >>> f = msbp.sparse_vjp(f, msbp.memorized(msbp.top_k(k=5, rows_per_group=4), decay=0.8))
+      >>> x = jnp.ones((16, 8))
+      >>> memory = f.init_memory(params, x)
+      >>> loss = lambda params, memory, x: f(params, x, memory=memory).mean()
+      >>> value, grads, memory = msbp.value_and_grad(loss)(params, memory, x)
+      >>> int(jnp.count_nonzero(grads["w1"].any(axis=0)))
+      5
+
+    References:
+      Zhang et al., Memorized Sparse Backpropagation, 2019 (arXiv 1905.10194). Sun et al., meProp, 2017 (arXiv
+      1706.06197).
+    """
+    checked = make_plan(plan, min_features)
+    if backend is not None and backend not in (known := sorted({b for of in kernels.backends().values() for b in of})):
+        raise ValueError(f"There is no backend {backend!r}. Expected one of: {', '.join(known)}; or None to choose.")
+    if is_linen(target):
+        return SparseModule(target, checked, backend)
+    if is_nnx(target):
+        raise TypeError(
+            "sparse_vjp does not take NNX modules yet. Wrap a function of the split model instead: graphdef, params, "
+            "rest = nnx.split(model, nnx.Param, ...), then sparse_vjp(lambda params, rest, x: nnx.merge(graphdef, "
+            "params, rest)(x), plan)."
+        )
+    if not isinstance(target, Callable) or isinstance(target, type):
+        raise TypeError(f"sparse_vjp wraps a Flax Linen module or a function f(params, *args), got {target!r}.")
+    return SparseFunction(target, checked, backend)
