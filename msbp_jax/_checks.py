@@ -47,8 +47,8 @@ def check_parameters(keyed: list[tuple[Any, Any]]) -> None:
     """
     if not keyed:
         raise ValueError(
-            "The function has no parameters: its first argument has no leaves. Expected f(params, *args) with the arrays "
-            "to be differentiated in params."
+            "The function has no parameters: its first argument has no leaves. Expected f(params, *args) with the "
+            "arrays to be differentiated in params."
         )
     for path, leaf in keyed:
         if not is_array(leaf):

@@ -58,10 +58,11 @@ def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def single_equation(eqn: JaxprEqn) -> tuple[Jaxpr, list[Var]]:
-    """Wrap one equation as a jaxpr; the second result is the variables it wants as arguments, in order."""
+def single_equation(eqn: JaxprEqn, enclosing: Jaxpr) -> tuple[Jaxpr, list[Var]]:
+    """Wrap one equation of `enclosing` as a jaxpr; the second result is the variables it wants as arguments, in order."""
     invars = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, Literal)))
-    return Jaxpr([], invars, list(eqn.outvars), [eqn], eqn.effects, debug_info=None), invars
+    debug_info = enclosing.debug_info.with_unknown_names()
+    return Jaxpr([], invars, list(eqn.outvars), [eqn], eqn.effects, debug_info=debug_info), invars
 
 
 def under_differentiation(leaf: Any) -> bool:
@@ -78,6 +79,11 @@ def under_differentiation(leaf: Any) -> bool:
 def is_key(leaf: Any) -> bool:
     """Whether `leaf` is an array of typed PRNG keys."""
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def shape_of(atom: Any) -> jax.ShapeDtypeStruct:
+    """Return shape and dtype of a variable or literal of a jaxpr."""
+    return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
 
 
 def closed(jaxpr: Any) -> ClosedJaxpr:

@@ -8,7 +8,6 @@ choice for the whole batch. If `r` does not divide `rows`, the last group is fil
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +48,7 @@ class Columns:
         return jnp.zeros((self.index.shape[0], self.shape[1]), bool).at[groups, self.index].set(True)
 
     def materialize(self) -> Float[Array, "rows n"]:
-        """Return the dense matrix with zeros where nothing was kept. For tests and for looking, never on the hot path."""
+        """Return the dense matrix with zeros where nothing was kept; for tests and for looking, not for training."""
         groups = jnp.arange(self.index.shape[0], dtype=self.index.dtype)[:, None]
         empty = jnp.zeros((self.index.shape[0], self.shape[1], self.rows_per_group), self.values.dtype)
         filled = empty.at[groups, self.index].set(jnp.swapaxes(self.values, 1, 2))
@@ -74,7 +73,8 @@ class Dense:
     @property
     def shape(self) -> tuple[int, int]:
         """`(rows, n)`."""
-        return self.values.shape
+        rows, n = self.values.shape
+        return rows, n
 
     def materialize(self) -> Float[Array, "rows n"]:
         """Return the matrix itself."""
@@ -85,7 +85,7 @@ class Dense:
         return Dense(self.values.astype(dtype))
 
 
-Format: TypeAlias = Columns | Dense
+type Format = Columns | Dense
 
 
 def group_rows(matrix: Float[Array, "rows n"], rows_per_group: int | None) -> Float[Array, "G r n"]:
@@ -119,4 +119,5 @@ def take_columns(cotangent: Float[Array, "rows n"], index: Int[Array, "G k"], ro
     """
     grouped = group_rows(cotangent, rows_per_group)
     values = jnp.take_along_axis(grouped, index[:, None, :], axis=2, mode="clip")
-    return Columns(values, index, cotangent.shape)
+    rows, n = cotangent.shape
+    return Columns(values, index, (rows, n))

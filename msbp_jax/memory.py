@@ -88,7 +88,7 @@ def memorized(sparsifier: Sparsifier, decay: float, *, reduce: Literal["mean", "
     )
 
 
-def _finite(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def _finite(x: Float[Array, ...]) -> Float[Array, ...]:
     return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
 
 

@@ -1,12 +1,13 @@
 """The three ops of a sparse backward, one folder an op, one file a backend.
 
-    select       scores of the columns of each group of rows, and the k best       u -> index
-    grad_input   dx = p wᵀ                                                         p, w -> dx
-    grad_weight  dw = xᵀ p                                                         x, p -> dw
+select       scores of the columns of each group of rows, and the k best       u -> index
+grad_input   dx = p wᵀ                                                         p, w -> dx
+grad_weight  dw = xᵀ p                                                         x, p -> dw
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxtyping import Array, Float, Int
@@ -17,7 +18,11 @@ from msbp_jax.kernels.grad_input import IMPLEMENTATIONS as _GRAD_INPUT
 from msbp_jax.kernels.grad_weight import IMPLEMENTATIONS as _GRAD_WEIGHT
 from msbp_jax.kernels.select import IMPLEMENTATIONS as _SELECT
 
-OPS = {"select": _SELECT, "grad_input": _GRAD_INPUT, "grad_weight": _GRAD_WEIGHT}
+OPS: dict[str, Mapping[str, Callable[..., Any]]] = {
+    "select": _SELECT,
+    "grad_input": _GRAD_INPUT,
+    "grad_weight": _GRAD_WEIGHT,
+}
 
 
 def select(
@@ -39,7 +44,7 @@ def select(
 
 def grad_input(
     cotangent: Columns,
-    weight: Float[Array, "..."],
+    weight: Float[Array, ...],
     feature_axis: int,
     *,
     precision: Any = None,
@@ -67,7 +72,7 @@ def grad_weight(
     *,
     precision: Any = None,
     backend: str | None = None,
-) -> Float[Array, "..."]:
+) -> Float[Array, ...]:
     """Return `dw = xᵀ p` for a compact cotangent `p`.
 
     Args:

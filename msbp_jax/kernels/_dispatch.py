@@ -1,18 +1,18 @@
 """Which backend runs an op: the first of a fixed order that does not decline.
 
-A backend declines with `NotImplementedError` ("not me, try the next one"); `ValueError` means that the caller's input is
-wrong and is never caught. A backend that is asked for by name is the only one tried, and its error is the caller's.
+A backend declines with `NotImplementedError` ("not me, try the next one"); `ValueError` means that the caller's input
+is wrong and is never caught. A backend that is asked for by name is the only one tried, and its error is the caller's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 
-def run(op: str, implementations: Mapping[str, Callable[..., T]], backend: str | None, *args: Any, **kwargs: Any) -> T:
+def run[T](
+    op: str, implementations: Mapping[str, Callable[..., T]], backend: str | None, *args: Any, **kwargs: Any
+) -> T:
     """Run `op` on `args` with the first backend, in the mapping's order, that does not decline.
 
     Args:
@@ -37,7 +37,7 @@ def run(op: str, implementations: Mapping[str, Callable[..., T]], backend: str |
     raise ExceptionGroup(f"every backend of {op} declined", reasons or [NotImplementedError("it has no backend")])
 
 
-def _named(op: str, implementations: Mapping[str, Callable[..., T]], backend: str) -> Callable[..., T]:
+def _named[T](op: str, implementations: Mapping[str, Callable[..., T]], backend: str) -> Callable[..., T]:
     if backend not in implementations:
         known = ", ".join(sorted(implementations))
         raise ValueError(f"{op} has no backend {backend!r}. Expected one of: {known}; or None to let it choose.")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import jax
-
-from msbp_jax.formats import Columns
-
 
 def warning(rows: int, m: int, n: int, k: int, rows_per_group: int) -> str:
     """Return why the sparse backward of a layer will probably be slower than the dense one, or ""."""

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Side: TypeAlias = Literal["lhs", "rhs"]
-DimensionNumbers: TypeAlias = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
+type Side = Literal["lhs", "rhs"]
+type DimensionNumbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,28 +57,28 @@ class Contraction:
         """Number of independent products."""
         return math.prod(self.batch_shape)
 
-    def canonical_x(self, x: Float[Array, "..."]) -> Float[Array, "batch rows m"]:
+    def canonical_x(self, x: Float[Array, ...]) -> Float[Array, "batch rows m"]:
         """Return x as `[batch, rows, m]`."""
         return jnp.transpose(x, self.x_order).reshape(self.batch, self.rows, self.m)
 
-    def canonical_w(self, w: Float[Array, "..."]) -> Float[Array, "batch ..."]:
+    def canonical_w(self, w: Float[Array, ...]) -> Float[Array, "batch ..."]:
         """Return w as `[batch, m, n]`, or `[batch, n, m]` if `feature_axis` is 0."""
         shape = (self.m, self.n) if self.feature_axis == 1 else (self.n, self.m)
         return jnp.transpose(w, self.w_order).reshape(self.batch, *shape)
 
-    def canonical_g(self, g: Float[Array, "..."]) -> Float[Array, "batch rows n"]:
+    def canonical_g(self, g: Float[Array, ...]) -> Float[Array, "batch rows n"]:
         """Return the output's gradient as `[batch, rows, n]`."""
         return jnp.transpose(g, self.g_order).reshape(self.batch, self.rows, self.n)
 
-    def program_x(self, x: Float[Array, "batch rows m"]) -> Float[Array, "..."]:
+    def program_x(self, x: Float[Array, "batch rows m"]) -> Float[Array, ...]:
         """Return a canonical x in the shape that the program has."""
         return _restore(x, self.x_order, self.x_shape)
 
-    def program_w(self, w: Float[Array, "batch ..."]) -> Float[Array, "..."]:
+    def program_w(self, w: Float[Array, "batch ..."]) -> Float[Array, ...]:
         """Return a canonical w in the shape that the program has."""
         return _restore(w, self.w_order, self.w_shape)
 
-    def program_g(self, g: Float[Array, "batch rows n"], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    def program_g(self, g: Float[Array, "batch rows n"], shape: tuple[int, ...]) -> Float[Array, ...]:
         """Return a canonical gradient in the output's own `shape`."""
         return _restore(g, self.g_order, shape)
 

@@ -1,8 +1,8 @@
 """The rule of a contraction with a parameter: plain forward, sparse backward.
 
-    y = x w                       what the program says, untouched
-    p, m' = S(g, m)               g = dL/dy; S knows what it remembers, the rule does not
-    dx = p wᵀ,  dw = xᵀ p         by the kernels
+y = x w                       what the program says, untouched
+p, m' = S(g, m)               g = dL/dy; S knows what it remembers, the rule does not
+dx = p wᵀ,  dw = xᵀ p         by the kernels
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax import lax
 from msbp_jax import _compat, kernels
 from msbp_jax.formats import Columns, Format
 from msbp_jax.rules._dims import Contraction, DimensionNumbers, Side, contraction
-from msbp_jax.rules._state import LogKey, SiteLog
+from msbp_jax.rules._state import LogKey, SiteLog, to_log
 from msbp_jax.sparsifiers._base import Sparsifier, State
 
 
@@ -102,7 +102,7 @@ def _backward(rule: Rule, residuals: tuple[Any, ...], g: jax.Array) -> tuple[tup
     if rule.key is None:
         return (dlhs, drhs, None), None
     extra = {"dw": dlhs if rule.side == "lhs" else drhs, "density": density} if rule.observe else {}
-    return (dlhs, drhs, None), {rule.key: SiteLog(jax.tree.leaves(new_state), extra)}
+    return (dlhs, drhs, None), {rule.key: SiteLog([to_log(leaf) for leaf in jax.tree.leaves(new_state)], extra)}
 
 
 _compat.define_vjp_with_logs(sparse_dot_general, _forward, _backward)

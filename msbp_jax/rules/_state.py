@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +49,7 @@ class SiteLog(NamedTuple):
     """What a rule logs.
 
     Attributes:
-      state: The leaves of the site's new state.
+      state: The leaves of the site's new state, as `to_log` makes them.
       extra: Whatever else the tracker's `observe` asks for.
     """
 
@@ -69,6 +68,7 @@ class Tracker:
     def __init__(self, observe: str = "") -> None:
         self.observe = observe
         self.sites: dict[LogKey, str] = {}
+        self.marks = 0
         self._uses = itertools.count()
 
     def mark(self, memory: Any) -> Any:
@@ -76,6 +76,7 @@ class Tracker:
         places = itertools.count()
 
         def marked(leaf: Any) -> Marked:
+            self.marks += 1
             return Marked(leaf, None if _is_empty(leaf) else next(places), self)
 
         return jax.tree.map(marked, memory, is_leaf=_is_empty)
@@ -88,16 +89,41 @@ class Tracker:
 
     def collect(self, memory: Any, logs: dict[Any, Any]) -> Any:
         """Return the memory with what was logged in its place."""
-        leaves, structure = jax.tree.flatten(memory)
+        originals, structure = jax.tree.flatten(memory)
+        leaves = [to_log(leaf) for leaf in originals]
         found: dict[int, list[_Total]] = {}
         for key, log in logs.items():
             if isinstance(key, LogKey):
                 for position, place in enumerate(key.leaves):
-                    total = _total(log, position, leaves[place], key)
+                    total = _total(log, position, leaves[place], key, _averages(originals[place]))
                     found.setdefault(place, []).append(total)
         for place, totals in found.items():
-            leaves[place] = _merged(leaves[place], totals)
-        return jax.tree.unflatten(structure, leaves)
+            merged = _merged(leaves[place], totals, _averages(originals[place]))
+            originals[place] = _from_log(merged, originals[place])
+        return jax.tree.unflatten(structure, originals)
+
+
+def to_log(leaf: jax.Array) -> jax.Array:
+    """Return what is logged for a leaf: itself if it is floating, else its bits, 16 to a float32.
+
+    A branch of a `cond` that was not taken logs zeros, and JAX makes those of keys and integers in another type.
+    """
+    if _averages(leaf):
+        return leaf
+    if _compat.is_key(leaf):
+        leaf = jax.random.key_data(leaf)
+    wide = leaf.astype(jnp.int32) if leaf.dtype.itemsize == 1 else leaf
+    return jax.lax.bitcast_convert_type(wide, jnp.uint16).astype(jnp.float32)
+
+
+def _from_log(logged: jax.Array, like: jax.Array) -> jax.Array:
+    if _averages(like):
+        return logged
+    if _compat.is_key(like):
+        data = jax.lax.bitcast_convert_type(logged.astype(jnp.uint16), jax.random.key_data(like).dtype)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+    wide = jnp.dtype(jnp.int32) if like.dtype.itemsize == 1 else like.dtype
+    return jax.lax.bitcast_convert_type(logged.astype(jnp.uint16), wide).astype(like.dtype)
 
 
 def unwrap(state: State) -> tuple[State, Tracker | None, tuple[int, ...]]:
@@ -133,31 +159,44 @@ def _spread(mask: jax.Array, rank: int) -> jax.Array:
 
 
 class _Total(NamedTuple):
-    """New values of one leaf: their sum (a key: the last one) and how many there are, by instance."""
+    """New values of one leaf: their sum (not a number: the last one) and how many there are, by instance."""
 
     value: jax.Array
-    count: jax.Array
+    uses: jax.Array
 
 
-def _total(log: Any, position: int, old: jax.Array, key: LogKey) -> _Total:
+def _total(log: Any, position: int, old: jax.Array, key: LogKey, averages: bool) -> _Total:
     """Take the axes out of a log that its leaf does not have: time steps, and vmaps around the whole model."""
     totals = []
     for site_log, ran in branches_of(log):
         new = site_log.state[position]
-        own = key.ranks[position]
-        mapped = old.ndim - own - key.axes.count("i")
-        around = new.ndim - own - len(key.axes) - mapped
-        letters = "s" * around + "i" * mapped + key.axes
+        scans, own, instances = len(key.axes), key.ranks[position], key.axes.count("i")
+        mapped = old.shape[: old.ndim - own - instances]
+        letters = key.axes + _letters(new.shape[scans : new.ndim - own], mapped)
         ran = jnp.broadcast_to(_spread(ran, len(letters)), new.shape[: len(letters)])
-        totals.append(_over_steps(new, ran, tuple(i for i, letter in enumerate(letters) if letter == "s")))
-    return _added(totals)
+        total = _over_steps(new, ran, tuple(i for i, letter in enumerate(letters) if letter == "s"), averages)
+        # A log has the scans' axes before those of vmap; a memory that is mapped itself has them behind.
+        totals.append(
+            _Total(*(jnp.moveaxis(part, range(instances), _behind(len(mapped), instances)) for part in total))
+        )
+    return _added(totals, averages)
 
 
-def _over_steps(new: jax.Array, ran: jax.Array, steps: tuple[int, ...]) -> _Total:
-    if _averages(new):
+def _letters(around: tuple[int, ...], mapped: tuple[int, ...]) -> str:
+    """Say of each vmap around a site whether its memory is mapped by it ("i"), going by the sizes, or shared ("s")."""
+    wanted = list(mapped)
+    return "".join("i" if wanted and size == wanted[0] and wanted.pop(0) else "s" for size in around)
+
+
+def _behind(mapped: int, instances: int) -> range:
+    return range(mapped, mapped + instances)
+
+
+def _over_steps(new: jax.Array, ran: jax.Array, steps: tuple[int, ...], averages: bool) -> _Total:
+    if averages:
         kept = jnp.where(_spread(ran, new.ndim), new, jnp.zeros((), new.dtype))
         return _Total(kept.sum(axis=steps, dtype=new.dtype), ran.sum(axis=steps, dtype=jnp.int32))
-    for axis in reversed(steps):  # a key: the last one that ran
+    for axis in reversed(steps):  # no numbers to be averaged: the last one that ran
         length = new.shape[axis]
         last = length - 1 - jnp.argmax(jnp.flip(ran, axis), axis=axis)
         chosen = [jax.lax.index_in_dim(new, i, axis, keepdims=False) for i in range(length)]
@@ -172,23 +211,21 @@ def _select(choices: list[jax.Array], which: jax.Array) -> jax.Array:
     return value
 
 
-def _added(totals: list[_Total]) -> _Total:
-    value, count = totals[0]
+def _added(totals: list[_Total], averages: bool) -> _Total:
+    value, uses = totals[0]
     for other, more in totals[1:]:
-        if _averages(value):
-            value = value + other
-        else:
-            value = jnp.where(_spread(more, value.ndim) > 0, other, value)
-        count = count + more
-    return _Total(value, count)
+        ran = _spread(more, value.ndim) > 0
+        value = value + other if averages else jnp.where(ran, other, value)
+        uses = uses + more
+    return _Total(value, uses)
 
 
-def _merged(old: jax.Array, totals: list[_Total]) -> jax.Array:
-    value, count = _added(totals)
-    count = _spread(count, old.ndim)
-    if _averages(old):
-        value = value / jnp.maximum(count, 1).astype(old.dtype)
-    return jnp.where(count > 0, value, old)
+def _merged(old: jax.Array, totals: list[_Total], averages: bool) -> jax.Array:
+    value, uses = _added(totals, averages)
+    uses = _spread(uses, old.ndim)
+    if averages:
+        value = value / jnp.maximum(uses, 1).astype(old.dtype)
+    return jnp.where(uses > 0, value, old)
 
 
 def _is_empty(node: Any) -> bool:

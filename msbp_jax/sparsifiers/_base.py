@@ -16,14 +16,14 @@ Rules that hold for every one of them:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 
 from msbp_jax import _checks
 from msbp_jax.formats import Format
 
-State: TypeAlias = Any
+type State = Any
 
 
 def _never(aval: jax.ShapeDtypeStruct) -> bool:

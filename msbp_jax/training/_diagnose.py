@@ -70,7 +70,7 @@ def diagnose(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[
         sparse, dense = Tracker("sparse"), Tracker("dense")
         _, grads, _, logs = differentiate(loss_fn, has_aux, sparse, params, memory, args, kwargs)
         _, true_grads, _, true_logs = differentiate(loss_fn, has_aux, dense, params, memory, args, kwargs)
-        sites = {}
+        sites: dict[str, SiteDiagnosis] = {}
         for key, name in sparse.sites.items():
             if key in logs and key in true_logs:
                 unique = name if name not in sites else f"{name}#{len(sites)}"
@@ -85,7 +85,9 @@ def _site(log: Any, true_log: Any) -> SiteDiagnosis:
     extra, true_extra = [[_ran(site, ran) for site, ran in some] for some in (pieces, truth)]
     runs = jnp.stack([jnp.mean(ran.astype(jnp.float32)) for _, ran in pieces]).sum()
     density = jnp.stack([jnp.mean(piece["density"]) for piece in extra]).sum() / runs
-    norm = optax.tree.norm([[leaf for leaf in site.state if jnp.issubdtype(leaf.dtype, jnp.inexact)] for site, _ in pieces])
+    norm = optax.tree.norm(
+        [[leaf for leaf in site.state if jnp.issubdtype(leaf.dtype, jnp.inexact)] for site, _ in pieces]
+    )
     return SiteDiagnosis(
         _cosine([piece["dw"] for piece in extra], [piece["dw"] for piece in true_extra]), density, jnp.asarray(norm)
     )

@@ -64,7 +64,9 @@ def differentiate(
     def loss(params: Any) -> Any:
         result = loss_fn(params, marked, *args, **kwargs)
         if has_aux and not (isinstance(result, tuple) and len(result) == 2):
-            raise TypeError(f"With has_aux=True the loss function must return (loss, aux), got {type(result).__name__}.")
+            raise TypeError(
+                f"With has_aux=True the loss function must return (loss, aux), got {type(result).__name__}."
+            )
         _check_loss(result[0] if has_aux else result)
         return result
 
@@ -78,13 +80,14 @@ def differentiate(
         if "Duplicate backward-pass log key" not in str(error):
             raise
         raise ValueError(
-            "One memory went through the same jit-compiled function more than once in one loss, so that two new memories "
-            "bear one name. Call the wrapped model directly (jit the whole step instead), or keep a memory for each call."
+            "One memory went through the same jit-compiled function more than once in one loss, so that two new "
+            "memories bear one name. Call the wrapped model directly (jit the whole step instead), or keep a memory "
+            "for each call."
         ) from error
-    if not tracker.sites and jax.tree.structure(memory).num_nodes > 1:
+    if tracker.marks and not tracker.sites:
         raise ValueError(
-            "loss_fn passed its memory to no wrapped model, so that the backward was dense. Call the models of sparse_vjp "
-            "with memory=memory inside loss_fn."
+            "loss_fn passed its memory to no wrapped model, so that the backward was dense. Call the models of "
+            "sparse_vjp with memory=memory inside loss_fn."
         )
     return (loss_value, aux) if has_aux else loss_value, grads, tracker.collect(memory, logs), logs
 
@@ -93,6 +96,6 @@ def _check_loss(loss: Any) -> None:
     shape, dtype = jnp.shape(loss), jnp.result_type(loss)
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"The loss must be a real scalar, got shape {shape} and dtype {dtype}. Reduce it, with .mean() for example; "
-            "if it comes with something else, pass has_aux=True."
+            f"The loss must be a real scalar, got shape {shape} and dtype {dtype}. Reduce it, for example with "
+            ".mean(); if it comes with something else, pass has_aux=True."
         )

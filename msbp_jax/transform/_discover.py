@@ -25,8 +25,8 @@ class Loop:
 
     Attributes:
       length: Its number of iterations.
-      instances: True if the weight differs between iterations (stacked layers: one memory each), False if it is the same
-        one (time steps: one memory).
+      instances: True if the weight differs between iterations (stacked layers: one memory each), False if it is
+        the same one (time steps: one memory).
     """
 
     length: int
@@ -141,14 +141,14 @@ class _Walk:
         scans: tuple[tuple[Place, int], ...],
         sealed: str,
     ) -> None:
-        lhs, rhs = (jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in eqn.invars)
+        lhs, rhs, out = (_compat.shape_of(atom) for atom in (*eqn.invars, *eqn.outvars))
         weight = inputs[0] if inputs[0].is_weight else inputs[1]
         self.found[place] = Found(
             place=place,
             params=dict(eqn.params),
             lhs=lhs,
             rhs=rhs,
-            out_dtype=eqn.outvars[0].aval.dtype,
+            out_dtype=out.dtype,
             lhs_source=inputs[0],
             rhs_source=inputs[1],
             loops=tuple(Loop(length=length, instances=scan in weight.varies) for scan, length in scans),
@@ -167,9 +167,7 @@ class _Walk:
         consts, carries = _compat.scan_arity(eqn.params)
         inner = (*scans, (place, length))
         # A carry that the body hands on untouched is a constant in all but name.
-        handed_on = [
-            body.jaxpr.outvars[i] is body.jaxpr.invars[consts + i] for i in range(carries)
-        ]
+        handed_on = [body.jaxpr.outvars[i] is body.jaxpr.invars[consts + i] for i in range(carries)]
         fixed, carry, sliced = inputs[:consts], inputs[consts : consts + carries], inputs[consts + carries :]
         while True:
             arguments = [
@@ -191,10 +189,8 @@ class _Walk:
         scans: tuple[tuple[Place, int], ...],
         sealed: str,
     ) -> None:
-        """Look into a body that keeps its own derivative rule or has none, so that the report can name what is there."""
+        """Look into a body with a derivative rule of its own, or none, so that the report can name what is there."""
         reason = sealed or f"inside {eqn.primitive.name}, which keeps its own derivative"
         for number, body in enumerate(_compat.jaxprs_in_params(eqn.params)):
             arguments = inputs if len(body.invars) == len(inputs) else [union(inputs)] * len(body.invars)
             self.jaxpr(_compat.closed(body), arguments, (*place, number), scans, reason)
-
-

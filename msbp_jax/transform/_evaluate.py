@@ -47,9 +47,7 @@ class _Evaluator:
         # Every place on the way to a site: what is not here is evaluated as it stands.
         self.on_the_way = {place[:depth] for place in rules for depth in range(1, len(place) + 1)}
 
-    def closed(
-        self, jaxpr: Any, arguments: Sequence[Any], place: Place, depth: int, states: States
-    ) -> list[Any]:
+    def closed(self, jaxpr: Any, arguments: Sequence[Any], place: Place, depth: int, states: States) -> list[Any]:
         """Evaluate a jaxpr at `place`, inside `depth` scans."""
         env: dict[_compat.Var, Any] = {}
         inner = jaxpr.jaxpr
@@ -62,10 +60,11 @@ class _Evaluator:
         for number, eqn in enumerate(inner.eqns):
             here = (*place, number)
             if here not in self.on_the_way:
-                single, wanted = _compat.single_equation(eqn)
+                single, wanted = _compat.single_equation(eqn, inner)
                 results = _compat.eval_jaxpr(single, [], *(env[v] for v in wanted))
             else:
-                results = self.equation(eqn, [read(atom) for atom in eqn.invars], here, depth, _under(states, here))
+                inputs = [read(atom) for atom in eqn.invars]
+                results = list(self.equation(eqn, inputs, here, depth, _under(states, here)))
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in inner.outvars]
 
@@ -106,9 +105,7 @@ class _Evaluator:
         body.__name__ = body.__qualname__ = name
         return body
 
-    def _scan(
-        self, eqn: _compat.JaxprEqn, inputs: list[Any], place: Place, depth: int, states: States
-    ) -> list[Any]:
+    def _scan(self, eqn: _compat.JaxprEqn, inputs: list[Any], place: Place, depth: int, states: States) -> list[Any]:
         params = eqn.params
         consts, carries = _compat.scan_arity(params)
         fixed, carry, sliced = inputs[:consts], inputs[consts : consts + carries], inputs[consts + carries :]
@@ -118,7 +115,9 @@ class _Evaluator:
         # One memory for all steps; but each step draws with a key of its own.
         keys = {p: [_keys_of_steps(leaf, length) for leaf in jax.tree.leaves(s)] for p, s in shared.items()}
 
-        def body(carry: list[Any], step: tuple[list[Any], States, dict[Place, list[Any]]]) -> tuple[list[Any], list[Any]]:
+        def body(
+            carry: list[Any], step: tuple[list[Any], States, dict[Place, list[Any]]]
+        ) -> tuple[list[Any], list[Any]]:
             arguments, own, own_keys = step
             now = {p: _with_keys(state, own_keys[p]) for p, state in shared.items()}
             results = self.closed(params["jaxpr"], [*fixed, *carry, *arguments], place, depth + 1, {**own, **now})

@@ -1,4 +1,4 @@
-"""A call of the user's function as a program: traced, its sites named, ready to run with a memory or to be described."""
+"""A call of the user's function as a program: traced, its sites named, ready to run or to be described."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from msbp_jax import _compat
 from msbp_jax._checks import check_parameters, is_array, path_name
-from msbp_jax.rules import Rule, Tracker, unwrap
+from msbp_jax.rules import Rule, Tracker, to_log, unwrap
 from msbp_jax.transform._discover import discover
 from msbp_jax.transform._evaluate import evaluate
 from msbp_jax.transform._plan import Plan
@@ -69,7 +69,8 @@ class Program:
         key = None
         if tracker is not None:
             axes = "".join("i" if loop.instances else "s" for loop in site.found.loops)
-            ranks = tuple(leaf.ndim - axes.count("i") for leaf in jax.tree.leaves(state))
+            logged = jax.eval_shape(lambda: [to_log(leaf) for leaf in jax.tree.leaves(state)])
+            ranks = tuple(leaf.ndim - axes.count("i") for leaf in logged)
             key = tracker.key(site.name, leaves, ranks, axes)
         params = site.found.params
         return Rule(

@@ -129,9 +129,9 @@ def _sparse_row(site: Site, backend: str | None) -> SparseRow:
 
 def _kept(site: Site) -> tuple[int, int] | None:
     """Return (k, rows per group), which the sparsifier's abstract result tells; None if it is not `Columns`."""
-    assert site.sparsifier is not None
-    state = jax.eval_shape(lambda: site.sparsifier.init(site.cotangent))
-    p, _ = jax.eval_shape(site.sparsifier.apply, site.cotangent, state)
+    sparsifier, aval = site.sparsifier, site.cotangent
+    assert sparsifier is not None
+    p, _ = jax.eval_shape(lambda u: sparsifier.apply(u, sparsifier.init(aval)), aval)
     return (p.kept_per_group, p.rows_per_group) if isinstance(p, Columns) else None
 
 
@@ -141,7 +141,9 @@ def _shapes(site: Site) -> str:
 
 
 def _sparse_table(report: Report) -> Table:
-    table = Table(title=f"Sparse backward: {report.saved:.1%} of all backward multiply-adds saved", title_justify="left")
+    table = Table(
+        title=f"Sparse backward: {report.saved:.1%} of all backward multiply-adds saved", title_justify="left"
+    )
     for heading in ("site", "contraction", "sparsifier", "k of n", "rows/group", "memories", "backend", "saved"):
         table.add_column(heading, overflow="fold")
     for row in report.sparse:

@@ -114,7 +114,9 @@ def check_memory(memory: Any, sites: Sequence[Site]) -> None:
       ValueError: Sites are missing or unknown, or a site's state has another structure or other shapes.
     """
     if not isinstance(memory, collections.abc.Mapping):
-        raise TypeError(f"memory must be what init_memory returned, a mapping by site name, got {type(memory).__name__}.")
+        raise TypeError(
+            f"memory must be what init_memory returned, a mapping by site name, got {type(memory).__name__}."
+        )
     expected = jax.eval_shape(lambda: init_memory(sites))
     missing, unknown = sorted(expected.keys() - memory.keys()), sorted(memory.keys() - expected.keys())
     if missing or unknown:
@@ -125,10 +127,10 @@ def check_memory(memory: Any, sites: Sequence[Site]) -> None:
         )
     for name, wanted in expected.items():
         given = unwrap(memory[name])[0]
-        if jax.tree.structure(given) != jax.tree.structure(wanted):
+        structures: list[Any] = [jax.tree.structure(tree) for tree in (wanted, given)]
+        if structures[0] != structures[1]:
             raise ValueError(
-                f"memory of site {name} has another structure: expected {jax.tree.structure(wanted)}, got "
-                f"{jax.tree.structure(given)}. Make it with init_memory of the same wrapped model."
+                f"memory of site {name} has another structure: expected {structures[0]}, got {structures[1]}. Make it with init_memory of the same wrapped model."
             )
         for want, have in zip(jax.tree.leaves(wanted), jax.tree.leaves(given), strict=True):
             shape, dtype = getattr(have, "shape", None), getattr(have, "dtype", None)

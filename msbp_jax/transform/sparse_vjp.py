@@ -13,7 +13,7 @@ It is applied before differentiation. Without `memory` the wrapped function is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from msbp_jax import kernels
@@ -36,9 +36,10 @@ def sparse_vjp(
 
         u = g + m,   p = S(u),   dx = p wᵀ,   dw = xᵀ p,   m' = decay R(u - p),
 
-    where `S` is the sparsifier and `m` its memory, if it has one. The forward is untouched, and so are biases, everything
-    elementwise, and contractions without a parameter. Contractions are found inside jit, scan, cond, remat and vmap;
-    bodies of `while` and functions with a derivative rule of their own are left alone, and named in the report.
+    where `S` is the sparsifier and `m` its memory, if it has one. The forward is untouched, and so are biases,
+    everything elementwise, and contractions without a parameter. Contractions are found inside jit, scan, cond, remat
+    and vmap; bodies of `while` and functions with a derivative rule of their own are left alone, and named in the
+    report.
 
     Args:
       target: A Flax Linen module, or a function `f(params, *args)` whose first argument is a pytree of floating arrays.
@@ -83,6 +84,6 @@ def sparse_vjp(
             "rest = nnx.split(model, nnx.Param, ...), then sparse_vjp(lambda params, rest, x: nnx.merge(graphdef, "
             "params, rest)(x), plan)."
         )
-    if not isinstance(target, Callable) or isinstance(target, type):
+    if not callable(target) or isinstance(target, type):
         raise TypeError(f"sparse_vjp wraps a Flax Linen module or a function f(params, *args), got {target!r}.")
     return SparseFunction(target, checked, backend)

@@ -17,7 +17,7 @@ from msbp_jax.kernels._chunks import groups_at_once
 
 
 def grad_input(
-    cotangent: Columns, weight: Float[Array, "..."], feature_axis: int, precision: Any = None
+    cotangent: Columns, weight: Float[Array, ...], feature_axis: int, precision: Any = None
 ) -> Float[Array, "rows m"]:
     """See `msbp_jax.kernels.grad_input`."""
     groups, size, k = cotangent.values.shape
@@ -34,7 +34,7 @@ def grad_input(
     return blocks.reshape(groups * size, m)[: cotangent.shape[0]]
 
 
-def _gathered(weight: Float[Array, "..."], index: Int[Array, "G k"], feature_axis: int) -> Float[Array, "G k m"]:
+def _gathered(weight: Float[Array, ...], index: Int[Array, "G k"], feature_axis: int) -> Float[Array, "G k m"]:
     flat = index.reshape(-1)
     if feature_axis == 0:
         rows = jnp.take(weight, flat, axis=0, mode="clip")
@@ -43,9 +43,7 @@ def _gathered(weight: Float[Array, "..."], index: Int[Array, "G k"], feature_axi
     return rows.reshape(*index.shape, -1)
 
 
-def _product(
-    values: Float[Array, "G r k"], rows: Float[Array, "G k m"], precision: Any
-) -> Float[Array, "G r m"]:
+def _product(values: Float[Array, "G r k"], rows: Float[Array, "G k m"], precision: Any) -> Float[Array, "G r m"]:
     accumulator = jnp.promote_types(jnp.result_type(values, rows), jnp.float32)
     over_groups = (((2,), (1,)), ((0,), (0,)))
     return lax.dot_general(values, rows, over_groups, precision=precision, preferred_element_type=accumulator)

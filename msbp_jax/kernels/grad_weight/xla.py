@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from msbp_jax.formats import Columns, group_rows
 from msbp_jax.kernels._chunks import groups_at_once
@@ -19,7 +19,7 @@ from msbp_jax.kernels._chunks import groups_at_once
 
 def grad_weight(
     cotangent: Columns, inputs: Float[Array, "rows m"], feature_axis: int, precision: Any = None
-) -> Float[Array, "..."]:
+) -> Float[Array, ...]:
     """See `msbp_jax.kernels.grad_weight`."""
     groups, size, k = cotangent.values.shape
     n = cotangent.shape[1]
@@ -49,7 +49,7 @@ def _spread(columns: Float[Array, "m k"], index: Int[Array, " k"], n: int) -> Fl
     return jnp.where(used, jnp.take(columns, slot, axis=1, mode="clip"), jnp.zeros((), columns.dtype))
 
 
-def _slots(index: Int[Array, "..."], n: int) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
+def _slots(index: Int[Array, ...], n: int) -> tuple[Int[Array, " n"], Bool[Array, " n"]]:
     """Number the columns that are kept: (slot of each column, whether it is kept by any group)."""
     flat = index.reshape(-1)
     if index.ndim == 1:  # distinct: the place in `index` is the slot
@@ -73,7 +73,9 @@ def _add_rows(
     m = inputs.shape[-1]
     at_once = groups_at_once(groups, k * m * jnp.dtype(dtype).itemsize)
 
-    def add(total: Float[Array, "height m"], chunk: tuple[Array, Array, Array]) -> tuple[Float[Array, "height m"], None]:
+    def add(
+        total: Float[Array, "height m"], chunk: tuple[Array, Array, Array]
+    ) -> tuple[Float[Array, "height m"], None]:
         chunk_values, chunk_inputs, chunk_place = chunk
         rows = lax.dot_general(
             chunk_values,
@@ -88,8 +90,8 @@ def _add_rows(
     if at_once == groups:
         return add(total, (values, inputs, place))[0]
     whole = groups // at_once * at_once
-    chunked = tuple(a[:whole].reshape(-1, at_once, *a.shape[1:]) for a in (values, inputs, place))
-    total, _ = lax.scan(add, total, chunked)
+    values_, inputs_, place_ = (a[:whole].reshape(-1, at_once, *a.shape[1:]) for a in (values, inputs, place))
+    total, _ = lax.scan(add, total, (values_, inputs_, place_))
     if whole < groups:
         total, _ = add(total, (values[whole:], inputs[whole:], place[whole:]))
     return total

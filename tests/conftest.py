@@ -1,0 +1,23 @@
+"""A strict session: eight virtual devices, no implicit promotion of dtypes or ranks, tracer leaks looked for."""
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=25)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _check_leaks(request):
+    """Look for leaked tracers, except where a test counts compilations: the check switches JAX's caches off."""
+    if request.node.get_closest_marker("caches"):
+        yield
+        return
+    with jax.checking_leaks():
+        yield
