@@ -3,7 +3,7 @@
 In the order of the data's path: wrap a model, choose what its backward propagates, train.
 """
 
-from importlib.metadata import version as _version
+from importlib import metadata as _metadata
 
 from msbp_jax import testing as testing
 from msbp_jax.formats import Columns as Columns
@@ -30,4 +30,7 @@ from msbp_jax.transform import SparseModule as SparseModule
 from msbp_jax.transform import SparseRow as SparseRow
 from msbp_jax.transform import sparse_vjp as sparse_vjp
 
-__version__ = _version("msbp-jax")
+try:
+    __version__ = _metadata.version("msbp-jax")
+except _metadata.PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"

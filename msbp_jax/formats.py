@@ -27,8 +27,8 @@ class Columns:
         altered (rescaled); it spares the memory a pass.
     """
 
-    values: Float[Array, "G r k"]
-    index: Int[Array, "G k"]
+    values: jax.Array
+    index: jax.Array
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
     unchanged: bool = dataclasses.field(default=True, metadata={"static": True})
 
@@ -68,7 +68,7 @@ class Dense:
       values: `[rows, n]`, in the dtype of the cotangent.
     """
 
-    values: Float[Array, "rows n"]
+    values: jax.Array
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -86,6 +86,11 @@ class Dense:
 
 
 type Format = Columns | Dense
+
+
+def accumulation_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
+    """Return the dtype that sums of such entries are made in: float64 if one of them is, else float32."""
+    return jnp.dtype(jnp.float64 if any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes) else jnp.float32)
 
 
 def group_rows(matrix: Float[Array, "rows n"], rows_per_group: int | None) -> Float[Array, "G r n"]:

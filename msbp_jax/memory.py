@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from msbp_jax import _checks
-from msbp_jax.formats import Columns, Dense, Format, group_rows
+from msbp_jax.formats import Columns, Dense, Format, accumulation_dtype, group_rows
 from msbp_jax.sparsifiers import Sparsifier
 from msbp_jax.sparsifiers._base import State
 
@@ -70,7 +70,7 @@ def memorized(sparsifier: Sparsifier, decay: float, *, reduce: Literal["mean", "
         return MemorizedState(jnp.zeros(shape, jnp.float32), sparsifier.init(aval))
 
     def apply(g: jax.Array, state: MemorizedState) -> tuple[Format, MemorizedState]:
-        dtype = jnp.promote_types(g.dtype, jnp.float32)
+        dtype = accumulation_dtype(g.dtype)
         remembered = state.residual.astype(dtype)
         u = g.astype(dtype) + (remembered if reduce == "slot" else remembered[None, :])
         p, inner = sparsifier.apply(u, state.inner)

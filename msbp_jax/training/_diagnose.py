@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from msbp_jax.formats import accumulation_dtype
 from msbp_jax.rules import SiteLog, Tracker, branches_of
 from msbp_jax.training._value_and_grad import differentiate
 
@@ -70,24 +71,26 @@ def diagnose(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[
         sparse, dense = Tracker("sparse"), Tracker("dense")
         _, grads, _, logs = differentiate(loss_fn, has_aux, sparse, params, memory, args, kwargs)
         _, true_grads, _, true_logs = differentiate(loss_fn, has_aux, dense, params, memory, args, kwargs)
+        leaves = jax.tree.leaves(memory)
         sites: dict[str, SiteDiagnosis] = {}
         for key, name in sparse.sites.items():
             if key in logs and key in true_logs:
                 unique = name if name not in sites else f"{name}#{len(sites)}"
-                sites[unique] = _site(logs[key], true_logs[key])
+                numbers = [jnp.issubdtype(leaves[place].dtype, jnp.inexact) for place in key.leaves]
+                sites[unique] = _site(logs[key], true_logs[key], numbers)
         return Diagnosis(_cosine(grads, true_grads), sites)
 
     return wrapped
 
 
-def _site(log: Any, true_log: Any) -> SiteDiagnosis:
+def _site(log: Any, true_log: Any, numbers: list[bool]) -> SiteDiagnosis:
     pieces, truth = branches_of(log), branches_of(true_log)
     extra, true_extra = [[_ran(site, ran) for site, ran in some] for some in (pieces, truth)]
     runs = jnp.stack([jnp.mean(ran.astype(jnp.float32)) for _, ran in pieces]).sum()
-    density = jnp.stack([jnp.mean(piece["density"]) for piece in extra]).sum() / runs
-    norm = optax.tree.norm(
-        [[leaf for leaf in site.state if jnp.issubdtype(leaf.dtype, jnp.inexact)] for site, _ in pieces]
+    density = jnp.stack([jnp.mean(piece["density"]) for piece in extra]).sum() / jnp.maximum(
+        runs, jnp.finfo(runs.dtype).tiny
     )
+    norm = optax.tree.norm([[leaf for leaf, n in zip(site.state, numbers, strict=True) if n] for site, _ in pieces])
     return SiteDiagnosis(
         _cosine([piece["dw"] for piece in extra], [piece["dw"] for piece in true_extra]), density, jnp.asarray(norm)
     )
@@ -103,6 +106,6 @@ def _ran(site: SiteLog, ran: jax.Array) -> dict[str, jax.Array]:
 
 
 def _cosine(a: Any, b: Any) -> jax.Array:
-    a, b = (jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), t) for t in (a, b))
+    a, b = (jax.tree.map(lambda leaf: leaf.astype(accumulation_dtype(leaf.dtype)), t) for t in (a, b))
     norms = optax.tree.norm(a) * optax.tree.norm(b)
     return optax.tree.vdot(a, b) / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)

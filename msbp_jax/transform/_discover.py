@@ -129,6 +129,8 @@ class _Walk:
                 ]
                 chosen_by = inputs[0]
                 return [union((chosen_by, *results_of)) for results_of in zip(*results, strict=True)]
+            case _compat.while_p:
+                return self._while(eqn, inputs, place, scans, sealed)
             case _:
                 self._opaque(eqn, inputs, place, scans, sealed)
         return [union(inputs)] * len(eqn.outvars)
@@ -181,6 +183,25 @@ class _Walk:
                 return [*grown, *(r.outside(place) for r in results[carries:])]
             carry = grown
 
+    def _while(
+        self,
+        eqn: _compat.JaxprEqn,
+        inputs: list[Source],
+        place: Place,
+        scans: tuple[tuple[Place, int], ...],
+        sealed: str,
+    ) -> list[Source]:
+        """Walk a loop without reverse mode: nothing in it can have a rule, but its results have sources."""
+        tests, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        fixed, carry = inputs[tests : tests + consts], inputs[tests + consts :]
+        reason = sealed or _own_derivative(eqn)
+        while True:
+            results = self.jaxpr(eqn.params["body_jaxpr"], [*fixed, *carry], (*place, 1), scans, reason)
+            grown = [c | r for c, r in zip(carry, results, strict=True)]
+            if grown == list(carry):
+                return grown
+            carry = grown
+
     def _opaque(
         self,
         eqn: _compat.JaxprEqn,
@@ -190,7 +211,11 @@ class _Walk:
         sealed: str,
     ) -> None:
         """Look into a body with a derivative rule of its own, or none, so that the report can name what is there."""
-        reason = sealed or f"inside {eqn.primitive.name}, which keeps its own derivative"
+        reason = sealed or _own_derivative(eqn)
         for number, body in enumerate(_compat.jaxprs_in_params(eqn.params)):
             arguments = inputs if len(body.invars) == len(inputs) else [union(inputs)] * len(body.invars)
             self.jaxpr(_compat.closed(body), arguments, (*place, number), scans, reason)
+
+
+def _own_derivative(eqn: _compat.JaxprEqn) -> str:
+    return f"inside {eqn.primitive.name}, which keeps its own derivative"

@@ -25,9 +25,11 @@ def dot_generals(draw):
         order = draw(st.permutations(tags))
         size = {"b": batch, "c": contracted, "f": free}
         array = rng.integers(-4, 5, [size[kind][i] for kind, i in order]).astype(np.float32)
-        return array, [order.index(("c", i)) for i in range(len(contracted))], [
-            order.index(("b", i)) for i in range(len(batch))
-        ]
+        return (
+            array,
+            [order.index(("c", i)) for i in range(len(contracted))],
+            [order.index(("b", i)) for i in range(len(batch))],
+        )
 
     lhs, lc, lb = operand(lhs_free)
     rhs, rc, rb = operand(rhs_free)

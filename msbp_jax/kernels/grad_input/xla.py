@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from msbp_jax.formats import Columns
+from msbp_jax.formats import Columns, accumulation_dtype
 from msbp_jax.kernels._chunks import groups_at_once
 
 
@@ -44,6 +44,6 @@ def _gathered(weight: Float[Array, ...], index: Int[Array, "G k"], feature_axis:
 
 
 def _product(values: Float[Array, "G r k"], rows: Float[Array, "G k m"], precision: Any) -> Float[Array, "G r m"]:
-    accumulator = jnp.promote_types(jnp.result_type(values, rows), jnp.float32)
+    accumulator = accumulation_dtype(values.dtype, rows.dtype)
     over_groups = (((2,), (1,)), ((0,), (0,)))
     return lax.dot_general(values, rows, over_groups, precision=precision, preferred_element_type=accumulator)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from msbp_jax.formats import Columns, group_rows
+from msbp_jax.formats import Columns, accumulation_dtype, group_rows
 from msbp_jax.kernels._chunks import groups_at_once
 
 
@@ -24,7 +24,7 @@ def grad_weight(
     groups, size, k = cotangent.values.shape
     n = cotangent.shape[1]
     grouped = group_rows(inputs, size)
-    accumulator = jnp.promote_types(jnp.result_type(cotangent.values, inputs), jnp.float32)
+    accumulator = accumulation_dtype(cotangent.values.dtype, inputs.dtype)
     if groups == 1 and feature_axis == 1:
         columns = lax.dot_general(
             grouped[0],

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from msbp_jax.formats import group_rows
+from msbp_jax.formats import accumulation_dtype, group_rows
 
 
 def select(cotangent: Float[Array, "rows n"], k: int, rows_per_group: int | None) -> Int[Array, "G k"]:
     """See `msbp_jax.kernels.select`."""
-    magnitude = jnp.abs(cotangent).astype(jnp.promote_types(cotangent.dtype, jnp.float32))
+    magnitude = jnp.abs(cotangent).astype(accumulation_dtype(cotangent.dtype))
     return lax.top_k(group_rows(magnitude, rows_per_group).sum(axis=1), k)[1]

@@ -1,0 +1,96 @@
+"""Bad input raises at the call, with what was expected, what came, and what to do."""
+
+import flax.nnx as nnx
+import jax
+import jax.numpy as jnp
+import pytest
+
+import msbp_jax as msbp
+
+S = msbp.memorized(msbp.top_k(k=4), decay=0.5)
+W, X = jnp.ones((8, 64)), jnp.ones((6, 8))
+
+
+def f(w, x):
+    return x @ w
+
+
+@pytest.mark.parametrize(
+    ("plan", "error", "message"),
+    [
+        ({}, ValueError, r"The plan is empty. Give at least one entry"),
+        (0.5, TypeError, r"takes a Sparsifier .* or a mapping .* got 0\.5"),
+        ({"*": 0.5}, TypeError, r"A plan maps str to Sparsifier, got '\*': 0\.5"),
+        ({1: S}, TypeError, r"A plan maps str to Sparsifier"),
+    ],
+)
+def test_bad_plans(plan, error, message):
+    with pytest.raises(error, match=message):
+        msbp.sparse_vjp(f, plan)
+
+
+def test_bad_settings_and_targets():
+    with pytest.raises(ValueError, match=r"min_features must be at least 1 .*, got 0"):
+        msbp.sparse_vjp(f, S, min_features=0)
+    with pytest.raises(ValueError, match=r"no backend 'cuda'. Expected one of: .*xla"):
+        msbp.sparse_vjp(f, S, backend="cuda")
+    with pytest.raises(TypeError, match=r"wraps a Flax Linen module or a function .* got 3"):
+        msbp.sparse_vjp(3, S)
+    with pytest.raises(TypeError, match=r"does not take NNX modules yet. Wrap a function of the split model"):
+        msbp.sparse_vjp(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), S)
+
+
+def test_a_pattern_that_matches_nothing():
+    g = msbp.sparse_vjp(lambda p, x: x @ p["w"], {"w": S, "heads/*": msbp.dense(), "@*": S})
+    with pytest.raises(ValueError, match=r"match no contraction: 'heads/\*', '@\*'.*contractions .* are: w\."):
+        g.init_memory({"w": W}, X)
+
+
+def test_bad_parameters():
+    g = msbp.sparse_vjp(lambda p, x: x @ p["w"], S)
+    with pytest.raises(TypeError, match=r"Parameter w has dtype int32, expected a floating dtype.*outside params"):
+        g.init_memory({"w": jnp.ones((8, 64), int)}, X)
+    with pytest.raises(TypeError, match=r"Parameter w must be an array, got 'x'. Move it out of params"):
+        g.init_memory({"w": "x"}, X)
+    with pytest.raises(ValueError, match=r"has no parameters: its first argument has no leaves"):
+        g.init_memory({}, X)
+    with pytest.raises(ValueError, match=r"No contraction has one of the parameters \(params\) on one side"):
+        msbp.sparse_vjp(lambda w, x: w * x.sum(), S).init_memory(W, X)
+
+
+def test_memory_of_something_else():
+    g = msbp.sparse_vjp(f, S)
+    memory = g.init_memory(W, X)
+    with pytest.raises(TypeError, match=r"memory must be what init_memory returned.* got list"):
+        g(W, X, memory=[1])
+    with pytest.raises(
+        ValueError, match=r"lacks the sites \['params'\] and has the unknown sites \['other'\].*init_memory"
+    ):
+        g(W, X, memory={"other": memory["params"]})
+    with pytest.raises(ValueError, match=r"lacks the sites \['params'\] and has the unknown sites none"):
+        g(W, X, memory={})
+    with pytest.raises(ValueError, match=r"site params has shape \(70,\) .* expected \(64,\)"):
+        g(W, X, memory=msbp.sparse_vjp(f, S).init_memory(jnp.ones((8, 70)), X))
+    with pytest.raises(ValueError, match=r"site params has another structure: expected .*MemorizedState"):
+        g(W, X, memory=msbp.sparse_vjp(f, msbp.random_k(k=3)).init_memory(W, X))
+    with pytest.raises(ValueError, match=r"site params has shape \(64,\) and dtype bfloat16"):
+        g(W, X, memory=jax.tree.map(lambda a: a.astype(jnp.bfloat16), memory))
+
+
+def test_slot_memory_of_another_batch():
+    g = msbp.sparse_vjp(f, msbp.memorized(msbp.top_k(k=4), decay=0.5, reduce="slot"))
+    memory = g.init_memory(W, X)
+    assert g(W, X, memory=memory).shape == (6, 64)
+    with pytest.raises(ValueError, match=r'shape \(6, 64\).*expected \(5, 64\).*reduce="slot", from another batch'):
+        g(W, X[:5], memory=memory)
+
+
+@pytest.mark.parametrize("transform", [jax.grad, lambda loss: jax.vmap(jax.grad(loss), axis_size=2, in_axes=None)])
+def test_differentiating_without_memory(transform):
+    g = msbp.sparse_vjp(f, S)
+    with pytest.raises(ValueError, match=r"f is differentiated without its memory, .* Pass memory=\.\.\."):
+        transform(lambda w: g(w, X).sum())(W)
+    with pytest.raises(ValueError, match=r"differentiated without its memory"):
+        jax.grad(lambda w: jax.vmap(lambda x: g(w, x[None]))(X).sum())(W)
+    dense = msbp.sparse_vjp(f, msbp.dense())
+    assert jax.grad(lambda w: dense(w, X).sum())(W).shape == W.shape  # nothing is lost there
