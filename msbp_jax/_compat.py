@@ -59,7 +59,7 @@ def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
 
 
 def single_equation(eqn: JaxprEqn, enclosing: Jaxpr) -> tuple[Jaxpr, list[Var]]:
-    """Wrap one equation of `enclosing` as a jaxpr; the second result is the variables it wants as arguments, in order."""
+    """Wrap one equation of `enclosing` as a jaxpr; the second result is the variables it wants as arguments."""
     invars = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, Literal)))
     debug_info = enclosing.debug_info.with_unknown_names()
     return Jaxpr([], invars, list(eqn.outvars), [eqn], eqn.effects, debug_info=debug_info), invars

@@ -130,7 +130,8 @@ def check_memory(memory: Any, sites: Sequence[Site]) -> None:
         structures: list[Any] = [jax.tree.structure(tree) for tree in (wanted, given)]
         if structures[0] != structures[1]:
             raise ValueError(
-                f"memory of site {name} has another structure: expected {structures[0]}, got {structures[1]}. Make it with init_memory of the same wrapped model."
+                f"memory of site {name} has another structure: expected {structures[0]}, got {structures[1]}. "
+                "Make it with init_memory of the same wrapped model."
             )
         for want, have in zip(jax.tree.leaves(wanted), jax.tree.leaves(given), strict=True):
             shape, dtype = getattr(have, "shape", None), getattr(have, "dtype", None)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from msbp_jax.formats import Columns, accumulation_dtype
 from msbp_jax.kernels._chunks import groups_at_once
+from msbp_jax.kernels._layout import transposed
 
 
 def grad_input(
@@ -39,7 +40,7 @@ def _gathered(weight: Float[Array, ...], index: Int[Array, "G k"], feature_axis:
     if feature_axis == 0:
         rows = jnp.take(weight, flat, axis=0, mode="clip")
     else:
-        rows = jnp.take(weight, flat, axis=1, mode="clip").T
+        rows = transposed(jnp.take(weight, flat, axis=1, mode="clip"))
     return rows.reshape(*index.shape, -1)
 
 

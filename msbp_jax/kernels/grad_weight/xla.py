@@ -1,8 +1,8 @@
 """The reference of `grad_weight`: one batched product over the groups, whose rows are added where they belong.
 
-Where the groups together keep fewer columns than there are, their rows are added up in a block with one slot for each
-column that anybody keeps, and the result is gathered from that block: the large array is written once, in its own
-order, and whatever reads it (the optimizer) fuses with that. Otherwise the rows are added straight into the result.
+Where the groups together keep fewer columns than there are, the rows are added up in a block with one slot for each
+column that anybody keeps, and the result is gathered from that block along the axis in which it is stored: the large
+array is written once. Otherwise they are added up in a block as large as the result, which is transposed once.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from msbp_jax.formats import Columns, accumulation_dtype, group_rows
 from msbp_jax.kernels._chunks import groups_at_once
+from msbp_jax.kernels._layout import row_major, transposed
 
 
 def grad_weight(
@@ -25,39 +26,30 @@ def grad_weight(
     n = cotangent.shape[1]
     grouped = group_rows(inputs, size)
     accumulator = accumulation_dtype(cotangent.values.dtype, inputs.dtype)
-    if groups == 1 and feature_axis == 1:
-        columns = lax.dot_general(
-            grouped[0],
-            cotangent.values[0],
-            (((0,), (0,)), ((), ())),
-            precision=precision,
-            preferred_element_type=accumulator,
-        )
-        return _spread(columns, cotangent.index[0], n)
-    if groups * k < n:
-        slot, used = _slots(cotangent.index, n)
-        block = _add_rows(cotangent.values, grouped, slot[cotangent.index], groups * k, accumulator, precision)
-        rows = jnp.where(used[:, None], jnp.take(block, slot, axis=0, mode="clip"), jnp.zeros((), accumulator))
-    else:
+    if groups * k >= n:
         rows = _add_rows(cotangent.values, grouped, cotangent.index, n, accumulator, precision)
-    return rows if feature_axis == 0 else rows.T
+        return rows if feature_axis == 0 else transposed(rows)
+    slot = _slots(cotangent.index, n)
+    if groups == 1 and feature_axis == 1:
+        over_rows = (((0,), (0,)), ((), ()))
+        kept = lax.dot_general(
+            grouped[0], cotangent.values[0], over_rows, precision=precision, preferred_element_type=accumulator
+        )
+    else:
+        kept = _add_rows(cotangent.values, grouped, slot[cotangent.index], groups * k, accumulator, precision)
+        kept = kept if feature_axis == 0 else transposed(kept)
+    spread = jnp.take(kept, slot, axis=feature_axis, mode="clip")
+    used = jnp.expand_dims(slot >= 0, 1 - feature_axis)
+    return row_major(jnp.where(used, spread, jnp.zeros((), accumulator)))
 
 
-def _spread(columns: Float[Array, "m k"], index: Int[Array, " k"], n: int) -> Float[Array, "m n"]:
-    """Put column `j` at `index[j]` and zeros elsewhere, written as a gather: a scatter along the minor axis is slow."""
-    slot, used = _slots(index, n)
-    return jnp.where(used, jnp.take(columns, slot, axis=1, mode="clip"), jnp.zeros((), columns.dtype))
-
-
-def _slots(index: Int[Array, ...], n: int) -> tuple[Int[Array, " n"], Bool[Array, " n"]]:
-    """Number the columns that are kept: (slot of each column, whether it is kept by any group)."""
-    flat = index.reshape(-1)
-    if index.ndim == 1:  # distinct: the place in `index` is the slot
-        places = jnp.arange(flat.shape[0], dtype=jnp.int32)
-        slot = jnp.zeros((n,), jnp.int32).at[flat].set(places, unique_indices=True)
-        return slot, jnp.zeros((n,), bool).at[flat].set(True, unique_indices=True)
-    used = jnp.zeros((n,), bool).at[flat].set(True)
-    return jnp.cumsum(used.astype(jnp.int32)) - 1, used
+def _slots(index: Int[Array, "G k"], n: int) -> Int[Array, " n"]:
+    """Number the columns that some group keeps, from 0; the others are -1."""
+    if index.shape[0] == 1:  # distinct: the place in `index` is the number
+        places = jnp.arange(index.shape[1], dtype=jnp.int32)
+        return jnp.full((n,), -1, jnp.int32).at[index[0]].set(places, unique_indices=True)
+    used = jnp.zeros((n,), bool).at[index.reshape(-1)].set(True)
+    return jnp.where(used, jnp.cumsum(used, dtype=jnp.int32) - 1, -1)
 
 
 def _add_rows(
