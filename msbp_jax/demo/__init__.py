@@ -1,0 +1,1 @@
+"""The main job: one network trained three ways, side by side. Run it with `python -m msbp_jax.demo`."""

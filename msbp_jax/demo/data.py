@@ -69,8 +69,8 @@ def load_mnist(folder: pathlib.Path) -> Dataset:
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
             raise ValueError(
-                f"The {split} files in {folder} do not fit together: expected images [n, height, width] and labels [n], "
-                f"got shapes {images.shape} and {labels.shape}. Fetch both again."
+                f"The {split} files in {folder} do not fit together: expected images [n, height, width] and labels "
+                f"[n], got shapes {images.shape} and {labels.shape}. Fetch both again."
             )
 
     def pixels(part: str) -> np.ndarray:
@@ -112,6 +112,6 @@ def _find(folder: pathlib.Path, name: str) -> pathlib.Path:
         if candidate.is_file():
             return candidate
     raise FileNotFoundError(
-        f"{folder} has neither {name}.gz nor {name}. Expected the four IDX files of MNIST there; without --data the demo "
-        "uses scikit-learn's bundled digits."
+        f"{folder} has neither {name}.gz nor {name}. Expected the four IDX files of MNIST there; without --data the "
+        "demo uses scikit-learn's bundled digits."
     )

@@ -1,0 +1,157 @@
+"""Every backend of every op against float64, over shapes, dtypes, groups and chunk budgets."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import msbp_jax as msbp
+from msbp_jax import kernels
+from msbp_jax.formats import Columns, Dense, group_rows, take_columns
+from msbp_jax.kernels import _chunks, _dispatch
+from msbp_jax.testing import check_backend, dense_products, random_gradient
+
+ROUNDING = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
+BACKENDS = [(op, backend) for op, backends in msbp.backends().items() for backend in backends]
+executed: set[str] = set()
+
+
+@pytest.mark.parametrize("backend", sorted({backend for _, backend in BACKENDS}))
+def test_public_oracle(backend):
+    check_backend(backend)
+
+
+@pytest.mark.parametrize(("op", "backend"), BACKENDS)
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("budget", [1, 500, 10**9])
+@pytest.mark.parametrize(("rows", "m", "n", "k", "group"), [(12, 6, 20, 3, 1), (10, 5, 33, 7, 4), (9, 8, 16, 15, None)])
+def test_against_float64(op, backend, dtype, budget, rows, m, n, k, group, monkeypatch):
+    monkeypatch.setattr(_chunks, "BUDGET_BYTES", budget)
+    u, x, w = (random_gradient(i, *shape).astype(dtype) for i, shape in enumerate([(rows, n), (rows, m), (m, n)]))
+    index = kernels.select(u, k, group, backend=backend)
+    p = take_columns(u, index, group)
+    if op == "select":
+        scores = np.asarray(group_rows(jnp.abs(u).astype(jnp.float32), group).sum(1))
+        np.testing.assert_array_equal(index, np.argsort(-scores, axis=1, kind="stable")[:, :k])
+    for axis in (0, 1):
+        oriented = w if axis == 1 else w.T
+        dx, dw = dense_products(p, x, oriented, axis)
+        if op == "grad_input":
+            got, want = kernels.grad_input(p, oriented, axis, backend=backend), dx
+        elif op == "grad_weight":
+            got, want = kernels.grad_weight(p, x, axis, backend=backend), dw
+        else:
+            continue
+        assert got.dtype == jnp.float32  # the accumulator
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+    executed.add(op)
+
+
+def test_every_op_has_a_backend_that_ran():
+    if not executed:
+        pytest.skip("the tests above ran in another worker")
+    assert executed == set(kernels.OPS)
+
+
+@pytest.mark.parametrize("op", ["grad_input", "grad_weight"])
+@pytest.mark.parametrize("group", [1, 4, None])
+def test_vmap(op, group):
+    u, x, w = random_gradient(0, 24, 20), random_gradient(1, 24, 6), random_gradient(2, 12, 20)
+
+    def products(u, x, w):
+        p = take_columns(u, kernels.select(u, 5, group), group)
+        return kernels.grad_input(p, w, 1) if op == "grad_input" else kernels.grad_weight(p, x, 1)
+
+    parts = u.reshape(2, 12, 20), x.reshape(2, 12, 6), w.reshape(2, 6, 20)
+    want = jnp.stack([products(*(part[i] for part in parts)) for i in range(2)])
+    np.testing.assert_allclose(jax.vmap(products)(*parts), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("group", [1, 4, 8, None])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_no_masked_copy_of_the_cotangent(group, axis):
+    """No float intermediate of the two products has the cotangent's shape."""
+    rows, m, n, k = 24, 7, 37, 5
+    p = take_columns(random_gradient(0, rows, n), kernels.select(random_gradient(0, rows, n), k, group), group)
+    w = jnp.ones((m, n) if axis == 1 else (n, m))
+
+    def products(p, x, w):
+        return kernels.grad_input(p, w, axis), kernels.grad_weight(p, x, axis)
+
+    def shapes(jaxpr):
+        for eqn in jaxpr.eqns:
+            for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+                yield from shapes(inner)
+            yield from (v.aval.shape for v in eqn.outvars if jnp.issubdtype(v.aval.dtype, jnp.floating))
+
+    found = set(shapes(jax.make_jaxpr(products)(p, jnp.ones((rows, m)), w).jaxpr))
+    assert not {(rows, n), (n, rows)} & found
+    assert not {s for s in found if len(s) == 3 and s[0] * s[1] == rows and s[2] == n}
+
+
+def test_nan_and_infinity_are_selected_first():
+    u = random_gradient(0, 4, 30).at[1, 9].set(jnp.inf).at[2, 4].set(jnp.nan)
+    for _, backend in [b for b in BACKENDS if b[0] == "select"]:
+        assert kernels.select(u, 2, None, backend=backend).tolist() == [[4, 9]]
+
+
+@hypothesis.given(
+    rows=st.integers(1, 9), n=st.integers(1, 12), group=st.sampled_from([1, 2, 3, 7, None]),
+    dtype=st.sampled_from(list(ROUNDING)), data=st.data(),
+)  # fmt: skip
+def test_formats_round_trip(rows, n, group, dtype, data):
+    k = data.draw(st.integers(1, n))
+    u = random_gradient(data.draw(st.integers(0, 99)), rows, n).astype(dtype)
+    p = take_columns(u, kernels.select(u, k, group), group)
+    size = min(group or rows, rows)
+    assert (p.shape, p.kept_per_group, p.rows_per_group) == ((rows, n), k, size)
+    assert p.index.shape == (-(-rows // size), k)
+    kept = np.asarray(p.kept_columns())
+    assert (kept.sum(1) == k).all()
+    dense = np.asarray(p.materialize())
+    mask = np.repeat(kept, size, axis=0)[:rows]
+    np.testing.assert_array_equal(dense, np.where(mask, np.asarray(u), np.zeros((), dense.dtype)))
+    assert p.astype(jnp.float32).values.dtype == jnp.float32
+    if k == n:
+        np.testing.assert_array_equal(dense, u)
+
+
+def test_dense_format():
+    u = random_gradient(0, 3, 4)
+    p = Dense(u)
+    assert p.shape == (3, 4)
+    assert p.materialize() is u
+    assert p.astype(jnp.bfloat16).values.dtype == jnp.bfloat16
+    assert isinstance(jax.tree.map(lambda a: a, take_columns(u, jnp.zeros((1, 1), jnp.int32), None)), Columns)
+
+
+def test_chunks():
+    assert _chunks.groups_at_once(10, 1) == 10
+    assert _chunks.groups_at_once(10, _chunks.BUDGET_BYTES // 3) == 3  # four chunks of three, the last of one
+    assert _chunks.groups_at_once(4, 10 * _chunks.BUDGET_BYTES) == 1
+
+
+def declines(*_):
+    raise NotImplementedError("not on this chip")
+
+
+def faulty(*_):
+    raise ValueError("bad input")
+
+
+def test_dispatch():
+    assert _dispatch.run("op", {"a": declines, "b": lambda x: x + 1}, None, 1) == 2
+    with pytest.raises(ValueError, match="bad input"):
+        _dispatch.run("op", {"a": faulty, "b": lambda x: x}, None, 1)
+    with pytest.raises(NotImplementedError, match="not on this chip"):
+        _dispatch.run("op", {"a": declines, "b": lambda x: x}, "a", 1)
+    with pytest.raises(ValueError, match=r"op has no backend 'c'\. Expected one of: a, b; or None"):
+        _dispatch.run("op", {"a": declines, "b": declines}, "c", 1)
+    with pytest.raises(ExceptionGroup, match="every backend of op declined") as caught:
+        _dispatch.run("op", {"a": declines, "b": declines}, None, 1)
+    assert [str(e) for e in caught.value.exceptions] == ["not on this chip"] * 2
+    with pytest.raises(ExceptionGroup) as caught:
+        _dispatch.run("op", {}, None, 1)
+    assert "it has no backend" in str(caught.value.exceptions[0])

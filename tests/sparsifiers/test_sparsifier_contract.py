@@ -1,0 +1,198 @@
+"""One contract over every sparsifier, in every way it is used."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import msbp_jax as msbp
+from msbp_jax import memory as memory_module
+from msbp_jax import sparsifiers
+from msbp_jax.testing import check_sparsifier, random_gradient
+
+
+def first(k):
+    """Return a sparsifier as a user writes one: the first k features."""
+
+    def apply(u, state):
+        kept = min(k, u.shape[1])
+        return msbp.take_columns(u, jnp.arange(kept, dtype=jnp.int32)[None], rows_per_group=None), state
+
+    return msbp.Sparsifier(init=lambda aval: (), apply=apply, name="first")
+
+
+TABLE = {
+    "dense": msbp.dense(),
+    "top_k r=1": msbp.top_k(k=5),
+    "top_k r=5": msbp.top_k(density=0.1, rows_per_group=5),
+    "top_k whole": msbp.top_k(density=0.1, rows_per_group=None),
+    "top_k all": msbp.top_k(k=1000),
+    "random_k": msbp.random_k(k=5, rows_per_group=4),
+    "random_k rescaled": msbp.random_k(density=0.2, rescale=True, key=jax.random.key(3)),
+    "memorized top_k": msbp.memorized(msbp.top_k(k=5, rows_per_group=5), decay=0.8),
+    "memorized slot": msbp.memorized(msbp.top_k(k=5, rows_per_group=5), decay=0.8, reduce="slot"),
+    "memorized random_k": msbp.memorized(msbp.random_k(k=5, rescale=True), decay=1.0),
+    "memorized slot random_k": msbp.memorized(msbp.random_k(k=5, rescale=True), decay=0.5, reduce="slot"),
+    "memorized twice": msbp.memorized(msbp.memorized(msbp.top_k(k=5), decay=0.5), decay=0.5),
+    "a user's": first(4),
+    "memorized a user's": msbp.memorized(first(4), decay=0.8),
+}
+every = pytest.mark.parametrize("name", TABLE)
+
+
+def test_every_factory_is_in_the_table():
+    factories = {
+        name
+        for module in (sparsifiers, memory_module)
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__.startswith("msbp_jax") and not name.startswith("_")
+    } - {"group_rows", "accumulation_dtype"}
+    assert factories == {"dense", "top_k", "random_k", "memorized"}
+    assert all(any(factory in name for name in TABLE) for factory in factories)
+
+
+@every
+def test_contract(name):
+    check_sparsifier(TABLE[name])
+
+
+@every
+def test_abstract_init_and_apply(name):
+    aval = jax.ShapeDtypeStruct((12, 96), jnp.bfloat16)
+    state = jax.eval_shape(lambda: TABLE[name].init(aval))
+    p, after = jax.eval_shape(TABLE[name].apply, aval, state)
+    assert p.values.dtype == jnp.bfloat16
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
+
+
+@every
+def test_in_a_layer_under_remat_equals_without(name):
+    layer = lambda w, x: jnp.tanh(x @ w)
+    w, x = random_gradient(0, 6, 96), random_gradient(1, 12, 6)
+    results = []
+    for f in (layer, jax.checkpoint(layer)):
+        g = msbp.sparse_vjp(f, TABLE[name])
+        loss = lambda w, m, g=g: (g(w, x, memory=m) ** 2).sum()
+        grads, after = msbp.value_and_grad(loss)(w, g.init_memory(w, x))[1:]
+        results.append([grads, *[leaf for leaf in jax.tree.leaves(after) if leaf.dtype == jnp.float32]])
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@every
+def test_rows_over_eight_devices(name):
+    u = random_gradient(4, 16, 96)
+    state = TABLE[name].init(jax.ShapeDtypeStruct(u.shape, u.dtype))
+    run = jax.jit(lambda u, s: TABLE[name].apply(u, s)[0].materialize())
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.device_put(u, NamedSharding(mesh, PartitionSpec("rows")))
+    np.testing.assert_allclose(run(spread, state), run(u, state), rtol=1e-5)
+
+
+@every
+@pytest.mark.caches
+def test_no_second_compilation(name):
+    u = random_gradient(5, 12, 96)
+    state = TABLE[name].init(jax.ShapeDtypeStruct(u.shape, u.dtype))
+    apply = jax.jit(TABLE[name].apply)
+    for _ in range(3):
+        _, state = apply(u, state)
+    assert apply._cache_size() == 1
+
+
+@pytest.mark.parametrize("group", [1, 3, None])
+def test_ties_go_to_the_lower_index(group):
+    u = jnp.tile(jnp.array([1.0, -2.0, 2.0, 1.0, -2.0, 0.0]), (5, 1))
+    p, _ = msbp.top_k(k=2, rows_per_group=group).apply(u, ())
+    np.testing.assert_array_equal(np.sort(p.index, axis=1), np.tile([1, 2], (len(p.index), 1)))
+    p, _ = msbp.top_k(k=3, rows_per_group=group).apply(jnp.zeros((5, 6)), ())
+    np.testing.assert_array_equal(np.sort(p.index, axis=1), np.tile([0, 1, 2], (len(p.index), 1)))
+
+
+@pytest.mark.parametrize(
+    ("density", "n", "k"), [(0.04, 500, 20), (0.001, 64, 1), (0.5, 5, 2), (0.7, 5, 4), (1.0, 9, 9)]
+)
+def test_k_from_density(density, n, k):
+    p, _ = msbp.top_k(density=density).apply(jnp.ones((2, n)), ())
+    assert p.kept_per_group == k == max(1, round(density * n))
+
+
+def test_cosine_of_top_k():
+    """cos(S_k(v), v) = norm kept / norm all >= sqrt(k/n), and random-k has E[cos^2] = k/n."""
+    v = np.asarray(random_gradient(6, 1, 400), np.float64)
+    p = np.asarray(msbp.top_k(k=16).apply(jnp.asarray(v, jnp.float32), ())[0].materialize(), np.float64)
+    cosine = (p * v).sum() / np.linalg.norm(p) / np.linalg.norm(v)
+    assert cosine == pytest.approx(np.linalg.norm(p) / np.linalg.norm(v), rel=1e-6)
+    assert cosine >= (16 / 400) ** 0.5
+
+
+def test_cosine_of_the_weight_gradient():
+    """One example: cos(dW) = cos(g). Whole batch: cos = norm of the kept columns of dW / norm of all."""
+    w, target = random_gradient(7, 10, 80), random_gradient(8, 6, 80)
+
+    def weight_gradients(sparsifier, x):
+        f = msbp.sparse_vjp(lambda w, x: x @ w, sparsifier)
+        loss = lambda w, m: (f(w, x, memory=m) * target[: len(x)]).sum()
+        sparse = msbp.value_and_grad(loss)(w, f.init_memory(w, x))[1]
+        return np.asarray(sparse, np.float64), np.asarray(x.T @ target[: len(x)], np.float64)
+
+    cosine = lambda a, b: (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
+    x = random_gradient(9, 6, 10)
+    sparse, true = weight_gradients(msbp.top_k(k=8), x[:1])
+    g = np.asarray(target[:1], np.float64)
+    kept = np.where(np.abs(g) >= np.sort(np.abs(g))[0, -8], g, 0)
+    assert cosine(sparse, true) == pytest.approx(cosine(kept, g), rel=1e-6)
+    sparse, true = weight_gradients(msbp.top_k(k=8, rows_per_group=None), x)
+    columns = sparse.any(axis=0)
+    assert columns.sum() == 8
+    assert cosine(sparse, true) == pytest.approx(np.linalg.norm(true[:, columns]) / np.linalg.norm(true), rel=1e-6)
+
+
+def test_random_k_is_unbiased_with_the_variance_it_states():
+    check_sparsifier(msbp.random_k(k=12, rescale=True, rows_per_group=4), unbiased=True)
+    with pytest.raises(AssertionError, match="the mean of 4000 draws is off by"):
+        check_sparsifier(msbp.random_k(k=12), unbiased=True)
+    u, s = random_gradient(10, 1, 40), msbp.random_k(k=8, rescale=True)
+
+    def draw(state, _):
+        p, state = s.apply(u, state)
+        return state, p.materialize()
+
+    draws = np.asarray(jax.lax.scan(draw, s.init(u), None, length=4000)[1], np.float64)
+    ratio = draws.var(0) / ((40 / 8 - 1) * np.asarray(u, np.float64) ** 2)
+    assert 0.85 < ratio.min() < ratio.max() < 1.15  # 4000 draws at share 0.2: standard error 2 %
+    hits = (draws != 0).sum(0).ravel()
+    expected = 4000 * 8 / 40
+    chi_square = ((hits - expected) ** 2 / (expected * (1 - 8 / 40))).sum() * (39 / 40)
+    assert 16 < chi_square < 73  # 39 degrees of freedom: both tails beyond 1e-3
+
+
+@pytest.mark.parametrize("factory", [msbp.top_k, msbp.random_k])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, ValueError, r"takes either density= or k=, got neither\. Write \w+\(density=0\.04\)"),
+        ({"density": 0.1, "k": 3}, ValueError, r"takes either density= or k=, got density=0\.1 and k=3"),
+        ({"k": 0}, ValueError, r"k must be at least 1 \(features kept in each group of rows\), got 0"),
+        ({"k": 2.5}, TypeError, r"k must be an integer \(.*\), got 2\.5"),
+        ({"k": True}, TypeError, r"k must be an integer"),
+        ({"density": 0.0}, ValueError, r"density must lie in \(0, 1\] \(share of the features kept\), got 0\.0"),
+        ({"density": 1.5}, ValueError, r"density must lie in \(0, 1\].*got 1\.5"),
+        ({"density": float("nan")}, ValueError, r"density must lie in \(0, 1\].*got nan"),
+        ({"density": "a"}, TypeError, r"density must be a number in \(0, 1\].*got 'a'"),
+        ({"k": 3, "rows_per_group": 0}, ValueError, r"rows_per_group must be at least 1 .*None for one choice.*got 0"),
+        ({"k": 3, "rows_per_group": 1.5}, TypeError, r"rows_per_group must be an integer"),
+    ],
+)
+def test_bad_arguments(factory, arguments, error, message):
+    with pytest.raises(error, match=message):
+        factory(**arguments)
+
+
+@pytest.mark.parametrize("key", [3, jnp.zeros(2, jnp.uint32), jax.random.split(jax.random.key(0), 2)])
+def test_a_bad_key(key):
+    with pytest.raises(TypeError, match=r"key must be one typed PRNG key such as jax\.random\.key\(0\), got"):
+        msbp.random_k(k=3, key=key)
