@@ -1,6 +1,6 @@
 """Train a Flax model with memorized sparse backpropagation: three changed lines, marked (1) to (3).
 
-    python examples/quickstart.py
+python examples/quickstart.py
 """
 
 import argparse

@@ -121,6 +121,12 @@ def take_columns(cotangent: Float[Array, "rows n"], index: Int[Array, "G k"], ro
 
     Returns:
       The kept entries as `Columns`.
+
+    Example:
+      >>> import jax.numpy as jnp, msbp_jax as msbp
+      >>> msbp.take_columns(jnp.arange(6.0).reshape(2, 3), jnp.array([[2], [0]]), rows_per_group=1).materialize()
+      Array([[0., 0., 2.],
+             [3., 0., 0.]], dtype=float32)
     """
     grouped = group_rows(cotangent, rows_per_group)
     values = jnp.take_along_axis(grouped, index[:, None, :], axis=2, mode="clip")

@@ -22,9 +22,9 @@ class TrainState(flax.training.train_state.TrainState):
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, msbp_jax as msbp
-      >>> f = msbp.sparse_vjp(lambda w, x: x @ w, msbp.memorized(msbp.top_k(k=8), decay=0.8))
-      >>> w, x = jnp.ones((4, 64)), jnp.ones((2, 4))
-      >>> state = msbp.TrainState.create(apply_fn=f, params=w, tx=optax.sgd(0.1), memory=f.init_memory(w, x))
+      >>> f = msbp.sparse_vjp(lambda p, x: x @ p["w"], msbp.memorized(msbp.top_k(k=8), decay=0.8))
+      >>> p, x = {"w": jnp.ones((4, 64))}, jnp.ones((2, 4))
+      >>> state = msbp.TrainState.create(apply_fn=f, params=p, tx=optax.sgd(0.1), memory=f.init_memory(p, x))
     """
 
     memory: Any = None
@@ -46,10 +46,10 @@ def train_step(
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, msbp_jax as msbp
-      >>> f = msbp.sparse_vjp(lambda w, x: x @ w, msbp.memorized(msbp.top_k(k=8), decay=0.8))
-      >>> w, x = jnp.ones((4, 64)), jnp.ones((2, 4))
-      >>> state = msbp.TrainState.create(apply_fn=f, params=w, tx=optax.sgd(0.1), memory=f.init_memory(w, x))
-      >>> step = msbp.train_step(lambda w, memory, x: (f(w, x, memory=memory) ** 2).mean())
+      >>> f = msbp.sparse_vjp(lambda p, x: x @ p["w"], msbp.memorized(msbp.top_k(k=8), decay=0.8))
+      >>> p, x = {"w": jnp.ones((4, 64))}, jnp.ones((2, 4))
+      >>> state = msbp.TrainState.create(apply_fn=f, params=p, tx=optax.sgd(0.1), memory=f.init_memory(p, x))
+      >>> step = msbp.train_step(lambda p, memory, x: (f(p, x, memory=memory) ** 2).mean())
       >>> state, loss = step(state, x)
     """
 

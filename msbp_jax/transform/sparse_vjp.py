@@ -60,9 +60,9 @@ def sparse_vjp(
       >>> import jax, jax.numpy as jnp, msbp_jax as msbp
       >>> def f(params, x):
       ...     return jnp.tanh(x @ params["w1"]) @ params["w2"]
-      >>> params = {"w1": jnp.ones((8, 128)), "w2": jnp.ones((128, 1))}
+      >>> params = {"w1": jax.random.normal(jax.random.key(0), (8, 128)), "w2": jnp.ones((128, 1))}
       >>> f = msbp.sparse_vjp(f, msbp.memorized(msbp.top_k(k=5, rows_per_group=4), decay=0.8))
-      >>> x = jnp.ones((16, 8))
+      >>> x = jax.random.normal(jax.random.key(1), (4, 8))
       >>> memory = f.init_memory(params, x)
       >>> loss = lambda params, memory, x: f(params, x, memory=memory).mean()
       >>> value, grads, memory = msbp.value_and_grad(loss)(params, memory, x)
