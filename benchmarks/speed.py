@@ -13,6 +13,7 @@ compile     tracing and compiling the step of a 12-layer MLP, sparse over dense
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
 import platform
@@ -140,10 +141,13 @@ def measure_backward(rounds: int) -> list[dict[str, Any]]:
         first, second = layer(batch, 784, width), layer(batch, width, width)
 
         def hidden(backward: Callable[..., Any]) -> Callable[..., Any]:
-            return jax.jit(lambda first, second: (backward(*first)[1], backward(*second)))
+            def both(first: Any, second: Any) -> Any:
+                return backward(*first)[1], backward(*second)
+
+            return jax.jit(both)
 
         candidates = {"dense": hidden(dense_backward), "sparse": hidden(sparse_backward(0.04, group))}
-        calls = {name: (lambda f=f, a=first, b=second: f(a, b)) for name, f in candidates.items()}
+        calls = {name: functools.partial(f, first, second) for name, f in candidates.items()}
         ms = {name: 1e3 * seconds for name, seconds in medians(calls, rounds).items()}
         row = {"model": f"784-{width}-{width}-10", "batch": batch, "rows_per_group": group}
         row |= {f"{name}_ms": round(t, 2) for name, t in ms.items()}
@@ -161,7 +165,7 @@ def measure_crossover(rounds: int) -> list[dict[str, Any]]:
             groups = {"r=1": 1, "r=32": 32, "r=128": 128, "whole": None}
             candidates = {"dense": dense_backward}
             candidates |= {name: sparse_backward(0.04, group) for name, group in groups.items()}
-            calls = {n: (lambda f=jax.jit(f), x=x, w=w, g=g: f(x, w, g)) for n, f in candidates.items()}
+            calls = {name: functools.partial(jax.jit(f), x, w, g) for name, f in candidates.items()}
             ms = {name: 1e3 * seconds for name, seconds in medians(calls, rounds).items()}
             row = {"rows": batch, "in": width, "out": width, "dense_ms": round(ms["dense"], 3)}
             rows.append(row | {name: round(ms["dense"] / ms[name], 2) for name in groups})

@@ -129,6 +129,6 @@ def take_columns(cotangent: Float[Array, "rows n"], index: Int[Array, "G k"], ro
              [3., 0., 0.]], dtype=float32)
     """
     grouped = group_rows(cotangent, rows_per_group)
-    values = jnp.take_along_axis(grouped, index[:, None, :], axis=2, mode="clip")
+    values = jnp.take_along_axis(grouped, index[:, None, :], axis=2, mode="promise_in_bounds")
     rows, n = cotangent.shape
     return Columns(values, index, (rows, n))

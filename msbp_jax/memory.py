@@ -121,5 +121,5 @@ def _residual_slots(u: Float[Array, "rows n"], p: Format) -> Float[Array, "rows 
 
 def _left_of_kept(u: Float[Array, "rows n"], p: Columns) -> Float[Array, "G r k"]:
     """Return `u - p` at the entries that `p` keeps but has altered."""
-    before = jnp.take_along_axis(group_rows(u, p.rows_per_group), p.index[:, None, :], axis=2, mode="clip")
+    before = jnp.take_along_axis(group_rows(u, p.rows_per_group), p.index[:, None, :], axis=2, mode="promise_in_bounds")
     return _finite(before - p.values)

@@ -20,8 +20,8 @@ _DRAWS, _STANDARD_ERRORS = 4000, 5.0
 def check_sparsifier(sparsifier: Sparsifier, *, rows: int = 12, n: int = 96, unbiased: bool = False) -> None:
     r"""Check that a sparsifier keeps the contract of `msbp.Sparsifier`.
 
-    It calls `init` on shapes alone, and `apply` eagerly and under jit, vmap and scan, in three dtypes, on several shapes,
-    on ties and on zeros. With `unbiased`, it also checks `E[S(u)] = u` over fixed seeds, entry by entry.
+    It calls `init` on shapes alone, and `apply` eagerly and under jit, vmap and scan, in three dtypes, on several
+    shapes, on ties and on zeros. With `unbiased`, it also checks `E[S(u)] = u` over fixed seeds, entry by entry.
 
     Args:
       sparsifier: What to check.
@@ -152,10 +152,12 @@ def _check_under_transformations(sparsifier: Sparsifier, u: jax.Array) -> None:
 
 def _check_unbiased(sparsifier: Sparsifier, u: jax.Array) -> None:
     state = sparsifier.init(jax.ShapeDtypeStruct(u.shape, u.dtype))
-    draws = jax.lax.scan(
-        lambda s, _: (lambda p, s: (s, p.materialize()))(*sparsifier.apply(u, s)), state, None, length=_DRAWS
-    )[1]
-    draws = np.asarray(draws, np.float64)
+
+    def draw(state: Any, _: None) -> tuple[Any, jax.Array]:
+        p, state = sparsifier.apply(u, state)
+        return state, p.materialize()
+
+    draws = np.asarray(jax.lax.scan(draw, state, None, length=_DRAWS)[1], np.float64)
     error = np.abs(draws.mean(0) - np.asarray(u, np.float64))
     allowed = _STANDARD_ERRORS * draws.std(0) / _DRAWS**0.5 + 1e-6 * np.abs(np.asarray(u))
     worst = np.unravel_index(np.argmax(error - allowed), error.shape)

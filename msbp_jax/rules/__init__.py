@@ -9,5 +9,5 @@ from msbp_jax.rules._state import LogKey as LogKey
 from msbp_jax.rules._state import SiteLog as SiteLog
 from msbp_jax.rules._state import Tracker as Tracker
 from msbp_jax.rules._state import branches_of as branches_of
-from msbp_jax.rules._state import to_log as to_log
+from msbp_jax.rules._state import logged_rank as logged_rank
 from msbp_jax.rules._state import unwrap as unwrap

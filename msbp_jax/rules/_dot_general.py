@@ -84,6 +84,14 @@ def _forward(rule: Rule, lhs: jax.Array, rhs: jax.Array, state: State) -> tuple[
 
 def _backward(rule: Rule, residuals: tuple[Any, ...], g: jax.Array) -> tuple[tuple[Any, ...], dict[Any, Any] | None]:
     lhs, rhs, state = residuals
+    dlhs, drhs, log = _products(dataclasses.replace(rule, key=None), lhs, rhs, state, g)
+    return (dlhs, drhs, None), None if rule.key is None else {rule.key: log}
+
+
+@functools.partial(jax.jit, static_argnums=0)  # layers of one shape are traced and lowered once
+def _products(
+    rule: Rule, lhs: jax.Array, rhs: jax.Array, state: State, g: jax.Array
+) -> tuple[jax.Array, jax.Array, SiteLog]:
     algebra = rule.contraction(lhs, rhs)
     canonical = algebra.canonical_g(g)
     if rule.observe == "dense":
@@ -99,10 +107,8 @@ def _backward(rule: Rule, residuals: tuple[Any, ...], g: jax.Array) -> tuple[tup
         else:
             values = p.values if algebra.batch_shape else p.values[None]
             dlhs, drhs = _dense_products(rule, lhs, rhs, algebra.program_g(values, g.shape))
-    if rule.key is None:
-        return (dlhs, drhs, None), None
     extra = {"dw": dlhs if rule.side == "lhs" else drhs, "density": density} if rule.observe else {}
-    return (dlhs, drhs, None), {rule.key: SiteLog([to_log(leaf) for leaf in jax.tree.leaves(new_state)], extra)}
+    return dlhs, drhs, SiteLog([to_log(leaf) for leaf in jax.tree.leaves(new_state)], extra)
 
 
 _compat.define_vjp_with_logs(sparse_dot_general, _forward, _backward)

@@ -89,18 +89,24 @@ class Tracker:
 
     def collect(self, memory: Any, logs: dict[Any, Any]) -> Any:
         """Return the memory with what was logged in its place."""
-        originals, structure = jax.tree.flatten(memory)
-        leaves = [to_log(leaf) for leaf in originals]
-        found: dict[int, list[_Total]] = {}
+        leaves, structure = jax.tree.flatten(memory)
+        found: dict[int, list[tuple[LogKey, int, Any]]] = {}
         for key, log in logs.items():
             if isinstance(key, LogKey):
                 for position, place in enumerate(key.leaves):
-                    total = _total(log, position, leaves[place], key, _averages(originals[place]))
-                    found.setdefault(place, []).append(total)
-        for place, totals in found.items():
-            merged = _merged(leaves[place], totals, _averages(originals[place]))
-            originals[place] = _from_log(merged, originals[place])
-        return jax.tree.unflatten(structure, originals)
+                    found.setdefault(place, []).append((key, position, log))
+        for place, uses in found.items():
+            leaves[place] = _from_log(_collected(to_log(leaves[place]), uses, _averages(leaves[place])), leaves[place])
+        return jax.tree.unflatten(structure, leaves)
+
+
+def _collected(old: jax.Array, uses: list[tuple[LogKey, int, Any]], averages: bool) -> jax.Array:
+    """Return the new value of a leaf from everything that was logged for it."""
+    key, position, log = uses[0]
+    if len(uses) == 1 and isinstance(log, SiteLog) and log.state[position].shape == old.shape and "i" not in key.axes:
+        return log.state[position]  # one use that always runs: nothing to be averaged or chosen
+    totals = [_total(log, position, old, key, averages) for key, position, log in uses]
+    return _merged(old, totals, averages)
 
 
 def to_log(leaf: jax.Array) -> jax.Array:
@@ -114,6 +120,15 @@ def to_log(leaf: jax.Array) -> jax.Array:
         leaf = jax.random.key_data(leaf)
     wide = leaf.astype(jnp.int32) if leaf.dtype.itemsize == 1 else leaf
     return jax.lax.bitcast_convert_type(wide, jnp.uint16).astype(jnp.float32)
+
+
+def logged_rank(leaf: jax.Array) -> int:
+    """Return the rank of `to_log(leaf)`."""
+    return (
+        jax.eval_shape(to_log, jax.ShapeDtypeStruct((), leaf.dtype)).ndim + leaf.ndim
+        if not _averages(leaf)
+        else leaf.ndim
+    )
 
 
 def _from_log(logged: jax.Array, like: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy as np
 
 from msbp_jax import _compat
 from msbp_jax._checks import check_parameters, is_array, path_name
-from msbp_jax.rules import Rule, Tracker, to_log, unwrap
+from msbp_jax.rules import Rule, Tracker, logged_rank, unwrap
 from msbp_jax.transform._discover import discover
 from msbp_jax.transform._evaluate import evaluate
 from msbp_jax.transform._plan import Plan
@@ -69,8 +69,7 @@ class Program:
         key = None
         if tracker is not None:
             axes = "".join("i" if loop.instances else "s" for loop in site.found.loops)
-            logged = jax.eval_shape(lambda: [to_log(leaf) for leaf in jax.tree.leaves(state)])
-            ranks = tuple(leaf.ndim - axes.count("i") for leaf in logged)
+            ranks = tuple(logged_rank(leaf) - axes.count("i") for leaf in jax.tree.leaves(state))
             key = tracker.key(site.name, leaves, ranks, axes)
         params = site.found.params
         return Rule(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import collections.abc
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -60,6 +61,13 @@ class Site:
         """How often the contraction runs in a step."""
         return math.prod(loop.length for loop in self.found.loops) * self.algebra.batch
 
+    @property
+    def abstract_state(self) -> State:
+        """Shapes and dtypes of the state."""
+        assert self.sparsifier is not None
+        one = _abstract_init(self.sparsifier, self.cotangent)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*self.instances, *leaf.shape), leaf.dtype), one)
+
     def init(self, number: int) -> State:
         """Return the state at the start; PRNG keys in it become those of site `number`, and differ by instance."""
         assert self.sparsifier is not None
@@ -72,6 +80,11 @@ class Site:
             return jax.random.split(leaf, self.instances) if self.instances and leaf.ndim == 0 else leaf
 
         return jax.tree.map(spread, self.sparsifier.init(self.cotangent))
+
+
+@functools.lru_cache(maxsize=1024)  # every call of a wrapped model checks its memory
+def _abstract_init(sparsifier: Sparsifier, cotangent: jax.ShapeDtypeStruct) -> State:
+    return jax.eval_shape(lambda: sparsifier.init(cotangent))
 
 
 def name_sites(found: Sequence[Found], parameters: Sequence[tuple[str, int]], plan: Plan) -> list[Site]:
@@ -117,7 +130,7 @@ def check_memory(memory: Any, sites: Sequence[Site]) -> None:
         raise TypeError(
             f"memory must be what init_memory returned, a mapping by site name, got {type(memory).__name__}."
         )
-    expected = jax.eval_shape(lambda: init_memory(sites))
+    expected = {site.name: site.abstract_state for site in sites if site.sparsifier is not None}
     missing, unknown = sorted(expected.keys() - memory.keys()), sorted(memory.keys() - expected.keys())
     if missing or unknown:
         raise ValueError(

@@ -1,6 +1,6 @@
 """The reference of `grad_weight`: one batched product over the groups, whose rows are added where they belong.
 
-Where the groups together keep fewer columns than there are, the rows are added up in a block with one slot for each
+Where the groups together keep fewer columns than there are, of a large weight, the rows are added up in a block with one slot for each
 column that anybody keeps, and the result is gathered from that block along the axis in which it is stored: the large
 array is written once. Otherwise they are added up in a block as large as the result, which is transposed once.
 """
@@ -18,6 +18,9 @@ from msbp_jax.kernels._chunks import groups_at_once
 from msbp_jax.kernels._layout import row_major, transposed
 
 
+_SPREAD_FROM_BYTES = 8 * 2**20
+
+
 def grad_weight(
     cotangent: Columns, inputs: Float[Array, "rows m"], feature_axis: int, precision: Any = None
 ) -> Float[Array, ...]:
@@ -26,7 +29,7 @@ def grad_weight(
     n = cotangent.shape[1]
     grouped = group_rows(inputs, size)
     accumulator = accumulation_dtype(cotangent.values.dtype, inputs.dtype)
-    if groups * k >= n:
+    if groups > 1 and not _pays_to_spread(groups * k, n, inputs.shape[1] * n * jnp.dtype(accumulator).itemsize):
         rows = _add_rows(cotangent.values, grouped, cotangent.index, n, accumulator, precision)
         return rows if feature_axis == 0 else transposed(rows)
     slot = _slots(cotangent.index, n)
@@ -43,12 +46,17 @@ def grad_weight(
     return row_major(jnp.where(used, spread, jnp.zeros((), accumulator)))
 
 
+def _pays_to_spread(kept: int, n: int, result_bytes: int) -> bool:
+    """Whether to add up in a smaller block: it spares a pass over a result too large for the cache, and costs ops."""
+    return kept < n and result_bytes > _SPREAD_FROM_BYTES
+
+
 def _slots(index: Int[Array, "G k"], n: int) -> Int[Array, " n"]:
     """Number the columns that some group keeps, from 0; the others are -1."""
     if index.shape[0] == 1:  # distinct: the place in `index` is the number
         places = jnp.arange(index.shape[1], dtype=jnp.int32)
-        return jnp.full((n,), -1, jnp.int32).at[index[0]].set(places, unique_indices=True)
-    used = jnp.zeros((n,), bool).at[index.reshape(-1)].set(True)
+        return jnp.full((n,), -1, jnp.int32).at[index[0]].set(places, unique_indices=True, mode="promise_in_bounds")
+    used = jnp.zeros((n,), bool).at[index.reshape(-1)].set(True, mode="promise_in_bounds")
     return jnp.where(used, jnp.cumsum(used, dtype=jnp.int32) - 1, -1)
 
 
@@ -76,7 +84,7 @@ def _add_rows(
             precision=precision,
             preferred_element_type=dtype,
         )
-        return total.at[chunk_place.reshape(-1)].add(rows.reshape(-1, m)), None
+        return total.at[chunk_place.reshape(-1)].add(rows.reshape(-1, m), mode="promise_in_bounds"), None
 
     total = jnp.zeros((height, m), dtype)
     if at_once == groups:
