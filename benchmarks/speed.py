@@ -134,19 +134,18 @@ def sparse_backward(density: float, group: int | None) -> Callable[..., tuple[ja
     return backward
 
 
+def hidden_backward(backward: Callable[..., Any], first: Any, second: Any) -> Any:
+    """Return what training needs of two layers: dw of the first, dx and dw of the second."""
+    return backward(*first)[1], backward(*second)
+
+
 def measure_backward(rounds: int) -> list[dict[str, Any]]:
     """Return the ratios of the hidden layers' backward in 784-n-n-10: dw of the first, dx and dw of the second."""
     rows = []
     for width, batch, group in ((2048, 1024, 128), (2048, 1024, None), (500, 128, 128)):
         first, second = layer(batch, 784, width), layer(batch, width, width)
-
-        def hidden(backward: Callable[..., Any]) -> Callable[..., Any]:
-            def both(first: Any, second: Any) -> Any:
-                return backward(*first)[1], backward(*second)
-
-            return jax.jit(both)
-
-        candidates = {"dense": hidden(dense_backward), "sparse": hidden(sparse_backward(0.04, group))}
+        methods = {"dense": dense_backward, "sparse": sparse_backward(0.04, group)}
+        candidates = {name: jax.jit(functools.partial(hidden_backward, f)) for name, f in methods.items()}
         calls = {name: functools.partial(f, first, second) for name, f in candidates.items()}
         ms = {name: 1e3 * seconds for name, seconds in medians(calls, rounds).items()}
         row = {"model": f"784-{width}-{width}-10", "batch": batch, "rows_per_group": group}

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from msbp_jax import kernels
 from msbp_jax.formats import Columns
-from msbp_jax.kernels import cost
+from msbp_jax.kernels import _cost
 from msbp_jax.transform._sites import Site
 
 
@@ -123,7 +123,7 @@ def _sparse_row(site: Site, backend: str | None) -> SparseRow:
         backend=backend or kernels.backends()["grad_input"][0],
         saved=0.0 if k is None else 1 - k / algebra.n,
         instances=instances,
-        warning="" if kept is None else cost.warning(algebra.rows, algebra.m, algebra.n, *kept),
+        warning="" if kept is None else _cost.warning(algebra.rows, algebra.m, algebra.n, *kept),
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import msbp_jax as msbp
 from msbp_jax import kernels
 from msbp_jax.formats import Columns, Dense, group_rows, take_columns
-from msbp_jax.kernels import _chunks, _dispatch
+from msbp_jax.kernels import _chunks, _cost, _dispatch
 from msbp_jax.testing import check_backend, dense_products, random_gradient
 
 ROUNDING = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
@@ -155,3 +155,27 @@ def test_dispatch():
     with pytest.raises(ExceptionGroup) as caught:
         _dispatch.run("op", {}, None, 1)
     assert "it has no backend" in str(caught.value.exceptions[0])
+
+
+@pytest.mark.parametrize(
+    ("layer", "measured"),  # of the table "crossover": rows, width, k, rows per group
+    [
+        ((1024, 1024, 41, 1), 0.15),
+        ((128, 512, 20, 1), 0.54),
+        ((32, 64, 3, 32), 0.88),
+        ((128, 512, 20, 32), 1.63),
+        ((1024, 256, 10, 128), 4.1),
+        ((1024, 2048, 82, 128), 8.11),
+    ],
+)
+def test_the_cost_model_tells_faster_from_slower(layer, measured):
+    rows, width, k, group = layer
+    expected = _cost.expected_speed_up(rows, width, width, k, group)
+    assert measured / 3.5 < expected < measured * 3.5
+    text = _cost.warning(rows, width, width, k, group)
+    assert bool(text) == (measured < 1)
+    if group == 1:
+        assert "probably slower than the dense one here" in text
+        assert "rows_per_group=32 or more is faster" in text
+    elif text:
+        assert "better left dense" in text

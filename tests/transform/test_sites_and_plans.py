@@ -173,3 +173,14 @@ def test_a_conv_is_evaluated_unchanged():
     loss = lambda p, m: (wrapped(p, x, memory=m) ** 2).mean()
     grads = msbp.value_and_grad(loss)(params, wrapped.init_memory(params, x))[1]
     assert grads["c"].shape == kernel.shape
+
+
+def test_the_report_warns_where_sparse_is_slower():
+    report = msbp.sparse_vjp(lambda w, x: x @ w, msbp.top_k(k=40)).report(
+        jnp.ones((1024, 1024)), jnp.ones((1024, 1024))
+    )
+    (row,) = report.sparse
+    assert "probably slower than the dense one" in row.warning
+    assert f"params: {row.warning}" in str(report).replace("\n", " ").replace("  ", " ") or row.warning[:40] in str(
+        report
+    )

@@ -1,8 +1,8 @@
 """The reference of `grad_weight`: one batched product over the groups, whose rows are added where they belong.
 
-Where the groups together keep fewer columns than there are, of a large weight, the rows are added up in a block with one slot for each
-column that anybody keeps, and the result is gathered from that block along the axis in which it is stored: the large
-array is written once. Otherwise they are added up in a block as large as the result, which is transposed once.
+Where the groups together keep fewer columns than there are, of a large weight, the rows are added up in a block with one
+slot for each column that anybody keeps, and the result is gathered from that block along the axis in which it is stored:
+the large array is written once. Otherwise they are added up in a block as large as the result, which is transposed once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Int
 from msbp_jax.formats import Columns, accumulation_dtype, group_rows
 from msbp_jax.kernels._chunks import groups_at_once
 from msbp_jax.kernels._layout import row_major, transposed
-
 
 _SPREAD_FROM_BYTES = 8 * 2**20
 
