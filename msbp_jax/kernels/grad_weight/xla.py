@@ -1,8 +1,9 @@
 """The reference of `grad_weight`: one batched product over the groups, whose rows are added where they belong.
 
-Where the groups together keep fewer columns than there are, of a large weight, the rows are added up in a block with one
-slot for each column that anybody keeps, and the result is gathered from that block along the axis in which it is stored:
-the large array is written once. Otherwise they are added up in a block as large as the result, which is transposed once.
+Where the groups together keep fewer columns than there are, of a large weight, the rows are added up in a block with
+one slot for each column that anybody keeps, and the result is gathered from that block along the axis in which it is
+stored: the large array is written once. Otherwise they are added up in a block as large as the result, which is
+transposed once.
 """
 
 from __future__ import annotations
