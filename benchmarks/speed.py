@@ -25,10 +25,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from timing import medians, training
 
 import msbp_jax as msbp
 from msbp_jax import kernels
+from msbp_jax.demo.timing import medians, training
 from msbp_jax.formats import take_columns
 
 

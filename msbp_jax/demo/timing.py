@@ -48,7 +48,7 @@ def measure(
         gradients, _, params, memory = problem
         calls[f"gradients {name}"] = _call(jax.jit(gradients), params, memory, x, y)
     calls["forward"] = _call(forward, next(iter(problems.values()))[2], x, y)
-    ms = {name: 1e3 * seconds for name, seconds in _medians(calls).items()}
+    ms = {name: 1e3 * seconds for name, seconds in medians(calls, ROUNDS).items()}
     steps = {name: ms[f"step {name}"] for name in problems}
     return steps, {name: max(0.0, ms[f"gradients {name}"] - ms["forward"]) for name in problems}
 
@@ -66,22 +66,40 @@ def _training_step(problem: Problem, x: jax.Array, y: jax.Array) -> Callable[[],
         updates, opt_state = tx.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), memory, opt_state), loss
 
-    compiled = jax.jit(step, donate_argnums=0)
-    carried = [jax.tree.map(jnp.copy, (params, memory, tx.init(params)))]
-
-    def call() -> Any:
-        carried[0], loss = compiled(carried[0], x, y)
-        return carried[0], loss
-
-    return call
+    return training(step, (params, memory, tx.init(params)), x, y)
 
 
-def _medians(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+def medians(calls: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = WARM_UP) -> dict[str, float]:
+    """Return the median seconds of each call, every one of them once a round.
+
+    Args:
+      calls: Functions that return arrays; a call ends when they are ready.
+      rounds: Calls that count.
+      warm_up: Calls before them that do not.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(WARM_UP + ROUNDS):
+    for number in range(warm_up + rounds):
         for name, call in calls.items():
             start = time.perf_counter()
             jax.block_until_ready(call())
-            if number >= WARM_UP:
+            if number >= warm_up:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def training(step: Callable[..., Any], state: Any, *batch: Any) -> Callable[[], Any]:
+    """Return a call that makes one compiled training step, donates the state, and keeps the new one for the next call.
+
+    Args:
+      step: `step(state, *batch) -> (state, value)`.
+      state: Where it starts; copied.
+      *batch: The same for every step.
+    """
+    compiled = jax.jit(step, donate_argnums=0)
+    carried = [jax.tree.map(jnp.copy, state)]
+
+    def call() -> Any:
+        carried[0], value = compiled(carried[0], *batch)
+        return carried[0], value
+
+    return call

@@ -75,22 +75,33 @@ def discover(jaxpr: _compat.ClosedJaxpr, sources: Sequence[Source]) -> list[Foun
       sources: What its arguments are.
     """
     walk = _Walk()
-    walk.jaxpr(jaxpr, sources, (), (), "")
+    walk.jaxpr(jaxpr, sources, _At())
     return sorted(walk.found.values(), key=lambda found: found.place)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _At:
+    """Where the walk is: the place, the scans around it with their lengths, and why it is sealed, if it is."""
+
+    place: Place = ()
+    scans: tuple[tuple[Place, int], ...] = ()
+    sealed: str = ""
+
+    def inside(self, number: int) -> _At:
+        """Return the place of the equation or body of that number."""
+        return dataclasses.replace(self, place=(*self.place, number))
+
+    def sealed_by(self, eqn: _compat.JaxprEqn) -> _At:
+        """Return the same place in a body that cannot be given rules."""
+        reason = self.sealed or f"inside {eqn.primitive.name}, which keeps its own derivative"
+        return dataclasses.replace(self, sealed=reason)
 
 
 class _Walk:
     def __init__(self) -> None:
         self.found: dict[Place, Found] = {}
 
-    def jaxpr(
-        self,
-        jaxpr: _compat.ClosedJaxpr,
-        sources: Sequence[Source],
-        place: Place,
-        scans: tuple[tuple[Place, int], ...],
-        sealed: str,
-    ) -> list[Source]:
+    def jaxpr(self, jaxpr: _compat.ClosedJaxpr, sources: Sequence[Source], at: _At) -> list[Source]:
         """Walk one jaxpr; return the sources of its results."""
         known: dict[_compat.Var, Source] = dict.fromkeys(jaxpr.jaxpr.constvars, CONSTANT)
         known.update(zip(jaxpr.jaxpr.invars, sources, strict=True))
@@ -100,122 +111,82 @@ class _Walk:
 
         for number, eqn in enumerate(jaxpr.jaxpr.eqns):
             inputs = [read(atom) for atom in eqn.invars]
-            outputs = self.equation(eqn, inputs, (*place, number), scans, sealed)
+            outputs = self.equation(eqn, inputs, at.inside(number))
             known.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.jaxpr.outvars]
 
-    def equation(
-        self,
-        eqn: _compat.JaxprEqn,
-        inputs: list[Source],
-        place: Place,
-        scans: tuple[tuple[Place, int], ...],
-        sealed: str,
-    ) -> list[Source]:
+    def equation(self, eqn: _compat.JaxprEqn, inputs: list[Source], at: _At) -> list[Source]:
         """Walk one equation; return the sources of its results."""
         match eqn.primitive:
             case _compat.dot_general_p:
-                self._contraction(eqn, inputs, place, scans, sealed)
+                self._contraction(eqn, inputs, at)
             case _compat.jit_p | _compat.remat_p:
-                return self.jaxpr(_compat.closed(eqn.params["jaxpr"]), inputs, place, scans, sealed)
+                return self.jaxpr(_compat.closed(eqn.params["jaxpr"]), inputs, at)
             case _compat.closed_call_p:
-                return self.jaxpr(eqn.params["call_jaxpr"], inputs, place, scans, sealed)
+                return self.jaxpr(eqn.params["call_jaxpr"], inputs, at)
             case _compat.scan_p:
-                return self._scan(eqn, inputs, place, scans, sealed)
+                return self._scan(eqn, inputs, at)
             case _compat.cond_p:
                 results = [
-                    self.jaxpr(branch, inputs[1:], (*place, number), scans, sealed)
+                    self.jaxpr(branch, inputs[1:], at.inside(number))
                     for number, branch in enumerate(eqn.params["branches"])
                 ]
                 chosen_by = inputs[0]
                 return [union((chosen_by, *results_of)) for results_of in zip(*results, strict=True)]
             case _compat.while_p:
-                return self._while(eqn, inputs, place, scans, sealed)
+                return self._while(eqn, inputs, at)
             case _:
-                self._opaque(eqn, inputs, place, scans, sealed)
+                self._opaque(eqn, inputs, at)
         return [union(inputs)] * len(eqn.outvars)
 
-    def _contraction(
-        self,
-        eqn: _compat.JaxprEqn,
-        inputs: list[Source],
-        place: Place,
-        scans: tuple[tuple[Place, int], ...],
-        sealed: str,
-    ) -> None:
+    def _contraction(self, eqn: _compat.JaxprEqn, inputs: list[Source], at: _At) -> None:
         lhs, rhs, out = (_compat.shape_of(atom) for atom in (*eqn.invars, *eqn.outvars))
         weight = inputs[0] if inputs[0].is_weight else inputs[1]
-        self.found[place] = Found(
-            place=place,
+        self.found[at.place] = Found(
+            place=at.place,
             params=dict(eqn.params),
             lhs=lhs,
             rhs=rhs,
             out_dtype=out.dtype,
             lhs_source=inputs[0],
             rhs_source=inputs[1],
-            loops=tuple(Loop(length=length, instances=scan in weight.varies) for scan, length in scans),
-            sealed=sealed,
+            loops=tuple(Loop(length=length, instances=scan in weight.varies) for scan, length in at.scans),
+            sealed=at.sealed,
         )
 
-    def _scan(
-        self,
-        eqn: _compat.JaxprEqn,
-        inputs: list[Source],
-        place: Place,
-        scans: tuple[tuple[Place, int], ...],
-        sealed: str,
-    ) -> list[Source]:
+    def _scan(self, eqn: _compat.JaxprEqn, inputs: list[Source], at: _At) -> list[Source]:
         body, length = eqn.params["jaxpr"], eqn.params["length"]
         consts, carries = _compat.scan_arity(eqn.params)
-        inner = (*scans, (place, length))
+        inner = dataclasses.replace(at, scans=(*at.scans, (at.place, length)))
         # A carry that the body hands on untouched is a constant in all but name.
         handed_on = [body.jaxpr.outvars[i] is body.jaxpr.invars[consts + i] for i in range(carries)]
         fixed, carry, sliced = inputs[:consts], inputs[consts : consts + carries], inputs[consts + carries :]
         while True:
             arguments = [
                 *fixed,
-                *(c if same else c.within(place) for c, same in zip(carry, handed_on, strict=True)),
-                *(s.within(place) for s in sliced),
+                *(c if same else c.within(at.place) for c, same in zip(carry, handed_on, strict=True)),
+                *(s.within(at.place) for s in sliced),
             ]
-            results = self.jaxpr(body, arguments, place, inner, sealed)
-            grown = [c | r.outside(place) for c, r in zip(carry, results[:carries], strict=True)]
+            results = self.jaxpr(body, arguments, inner)
+            grown = [c | r.outside(at.place) for c, r in zip(carry, results[:carries], strict=True)]
             if grown == list(carry):
-                return [*grown, *(r.outside(place) for r in results[carries:])]
+                return [*grown, *(r.outside(at.place) for r in results[carries:])]
             carry = grown
 
-    def _while(
-        self,
-        eqn: _compat.JaxprEqn,
-        inputs: list[Source],
-        place: Place,
-        scans: tuple[tuple[Place, int], ...],
-        sealed: str,
-    ) -> list[Source]:
+    def _while(self, eqn: _compat.JaxprEqn, inputs: list[Source], at: _At) -> list[Source]:
         """Walk a loop without reverse mode: nothing in it can have a rule, but its results have sources."""
         tests, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         fixed, carry = inputs[tests : tests + consts], inputs[tests + consts :]
-        reason = sealed or _own_derivative(eqn)
+        body_at = at.sealed_by(eqn).inside(1)
         while True:
-            results = self.jaxpr(eqn.params["body_jaxpr"], [*fixed, *carry], (*place, 1), scans, reason)
+            results = self.jaxpr(eqn.params["body_jaxpr"], [*fixed, *carry], body_at)
             grown = [c | r for c, r in zip(carry, results, strict=True)]
             if grown == list(carry):
                 return grown
             carry = grown
 
-    def _opaque(
-        self,
-        eqn: _compat.JaxprEqn,
-        inputs: list[Source],
-        place: Place,
-        scans: tuple[tuple[Place, int], ...],
-        sealed: str,
-    ) -> None:
+    def _opaque(self, eqn: _compat.JaxprEqn, inputs: list[Source], at: _At) -> None:
         """Look into a body with a derivative rule of its own, or none, so that the report can name what is there."""
-        reason = sealed or _own_derivative(eqn)
         for number, body in enumerate(_compat.jaxprs_in_params(eqn.params)):
             arguments = inputs if len(body.invars) == len(inputs) else [union(inputs)] * len(body.invars)
-            self.jaxpr(_compat.closed(body), arguments, (*place, number), scans, reason)
-
-
-def _own_derivative(eqn: _compat.JaxprEqn) -> str:
-    return f"inside {eqn.primitive.name}, which keeps its own derivative"
+            self.jaxpr(_compat.closed(body), arguments, at.sealed_by(eqn).inside(number))

@@ -203,3 +203,44 @@ def test_mixed_precision_follows_plain_jax():
     assert grads.dtype == plain.dtype == jnp.float32
     cosine = jnp.vdot(grads, plain) / jnp.linalg.norm(grads) / jnp.linalg.norm(plain)
     assert cosine > 0.99
+
+
+def test_through_a_jit_of_the_users_own_and_with_effects():
+    def noisy(w, x):
+        y = product(w, x)
+        jax.debug.callback(lambda _: None, y.sum())
+        return y
+
+    f = msbp.sparse_vjp(noisy, S)
+    memory = f.init_memory(W, X)
+    call = jax.jit(lambda w, x, m: f(w, x, memory=m))
+    want = msbp.value_and_grad(loss_of(f))(W, memory, X)
+    got = msbp.value_and_grad(lambda w, m, x: (call(w, x, m) ** 2).mean())(W, memory, X)
+    assert_trees_close(got, want)
+
+
+def test_calls_in_a_scan_of_the_users_own():
+    """Over time with one memory it is the mean; over layers with stacked memories each layer has its own."""
+    f = msbp.sparse_vjp(product, S)
+    xs = jax.random.normal(jax.random.key(7), (5, 6, 64))
+    memory = f.init_memory(V, xs[0])
+    over_time = lambda w, m, xs: jax.lax.scan(lambda c, x: (c + (f(w, x, memory=m) ** 2).mean(), None), 0.0, xs)[0]
+    after = msbp.value_and_grad(over_time)(V, memory, xs)[2]
+    each = [msbp.value_and_grad(loss_of(f))(V, memory, x)[2]["params"].residual for x in xs]
+    assert_trees_close(after["params"].residual, sum(each) / 5)
+
+    ws = jnp.stack([V, V * 0.5, V * 0.7])
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), memory)
+    layers = lambda ws, ms, x: (jax.lax.scan(lambda h, s: (f(s[0], h, memory=s[1]), None), x, (ws, ms))[0] ** 2).mean()
+    after = msbp.value_and_grad(layers)(ws, stack, xs[0])[2]
+    g = msbp.sparse_vjp(lambda ws, x: jax.lax.scan(lambda h, w: (product(w, h), None), x, ws)[0], S)
+    assert_trees_close(after, msbp.value_and_grad(loss_of(g))(ws, g.init_memory(ws, xs[0]), xs[0])[2])
+
+
+def test_double_precision():
+    with jax.enable_x64(True):
+        w, x = np.asarray(W, np.float64), np.asarray(X, np.float64)
+        f = msbp.sparse_vjp(product, S)
+        _, grads, memory = msbp.value_and_grad(loss_of(f))(jnp.asarray(w), f.init_memory(w, x), jnp.asarray(x))
+        assert grads.dtype == jnp.float64
+        assert memory["params"].residual.dtype == jnp.float32
