@@ -6,6 +6,7 @@ plain JAX then computes exactly what the sparse rule claims to.
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,8 +45,7 @@ masked.defvjp(lambda y, k, group: (y, None), _bwd)
 
 def assert_trees_equal(a, b):
     """Assert that two pytrees are the same bit for bit."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+    chex.assert_trees_all_equal(a, b, strict=True)
 
 
 def assert_trees_close(a, b, rtol=2e-5):
