@@ -29,7 +29,6 @@ import optax
 import msbp_jax as msbp
 from msbp_jax import kernels
 from msbp_jax.demo.timing import medians, training
-from msbp_jax.formats import take_columns
 
 
 class MLP(nn.Module):
@@ -128,7 +127,7 @@ def sparse_backward(density: float, group: int | None) -> Callable[..., tuple[ja
 
     def backward(x: jax.Array, w: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
         k = max(1, round(density * g.shape[1]))
-        p = take_columns(g, kernels.select(g, k, group), group)
+        p = kernels.select(g, k, group)
         return kernels.grad_input(p, w, 1), kernels.grad_weight(p, x, 1)
 
     return backward

@@ -86,6 +86,12 @@ def shape_of(atom: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
 
 
+def ffi_result(shape: tuple[int, ...], dtype: Any, operands: Any) -> jax.ShapeDtypeStruct:
+    """Return the type of what a foreign function returns: under `shard_map` it varies over the operands' mesh axes."""
+    varying = frozenset[Any]().union(*(getattr(jax.typeof(operand), "vma", frozenset()) for operand in operands))
+    return jax.ShapeDtypeStruct(shape, dtype, vma=varying) if varying else jax.ShapeDtypeStruct(shape, dtype)
+
+
 def closed(jaxpr: Any) -> ClosedJaxpr:
     """Return a jaxpr with its constants attached (a remat equation holds an open one, without any)."""
     return jaxpr if hasattr(jaxpr, "consts") else ClosedJaxpr(jaxpr, [])

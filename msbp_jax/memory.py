@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from msbp_jax import _checks
-from msbp_jax.formats import Columns, Dense, Format, accumulation_dtype, group_rows
+from msbp_jax.formats import Format
+from msbp_jax.kernels._residual import add_memory, carried_on
 from msbp_jax.sparsifiers import Sparsifier
 from msbp_jax.sparsifiers._base import State
 
@@ -70,14 +70,12 @@ def memorized(sparsifier: Sparsifier, decay: float, *, reduce: Literal["mean", "
         return MemorizedState(jnp.zeros(shape, jnp.float32), sparsifier.init(aval))
 
     def apply(g: jax.Array, state: MemorizedState) -> tuple[Format, MemorizedState]:
-        dtype = accumulation_dtype(g.dtype)
-        remembered = state.residual.astype(dtype)
-        u = g.astype(dtype) + (remembered if reduce == "slot" else remembered[None, :])
+        if sparsifier.with_memory is not None:
+            p, residual, inner = sparsifier.with_memory(g, state.residual, ratio, state.inner)
+            return p, MemorizedState(residual, inner)
+        u = add_memory(g, state.residual)
         p, inner = sparsifier.apply(u, state.inner)
-        left = _residual_slots(u, p) if reduce == "slot" else _residual_mean(u, p)
-        residual = (jnp.asarray(ratio, dtype) * left).astype(jnp.float32)
-        residual = jnp.where(jnp.isfinite(residual), residual, jnp.zeros((), jnp.float32))
-        return p.astype(g.dtype), MemorizedState(residual, inner)
+        return p.astype(g.dtype), MemorizedState(carried_on(u, p, ratio, by_slot=reduce == "slot"), inner)
 
     kind = "" if reduce == "mean" else ', reduce="slot"'
     return Sparsifier(
@@ -86,40 +84,3 @@ def memorized(sparsifier: Sparsifier, decay: float, *, reduce: Literal["mean", "
         name=f"memorized({sparsifier.name}, decay={ratio:g}{kind})",
         is_identity=sparsifier.is_identity,
     )
-
-
-def _finite(x: Float[Array, ...]) -> Float[Array, ...]:
-    return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
-
-
-def _residual_mean(u: Float[Array, "rows n"], p: Format) -> Float[Array, " n"]:
-    """Return the mean of `u - p` over rows in one pass over `u`, without a dense copy of either."""
-    rows = u.shape[0]
-    if isinstance(p, Dense):
-        return _finite(u - p.values).sum(axis=0) / rows
-    dropped = ~p.kept_columns()
-    grouped = group_rows(u, p.rows_per_group)
-    total = jnp.where(dropped[:, None, :], _finite(grouped), jnp.zeros((), u.dtype)).sum(axis=(0, 1))
-    if not p.unchanged:
-        total = total.at[p.index.reshape(-1)].add(_left_of_kept(u, p).sum(axis=1).reshape(-1))
-    return total / rows
-
-
-def _residual_slots(u: Float[Array, "rows n"], p: Format) -> Float[Array, "rows n"]:
-    """Return `u - p`."""
-    if isinstance(p, Dense):
-        return u - p.values
-    dropped = jnp.repeat(~p.kept_columns(), p.rows_per_group, axis=0)[: u.shape[0]]
-    left = jnp.where(dropped, u, jnp.zeros((), u.dtype))
-    if not p.unchanged:
-        rows = jnp.arange(u.shape[0])[:, None]
-        index = jnp.repeat(p.index, p.rows_per_group, axis=0)[: u.shape[0]]
-        kept = _left_of_kept(u, p).reshape(-1, p.kept_per_group)[: u.shape[0]]
-        left = left.at[rows, index].set(kept)
-    return left
-
-
-def _left_of_kept(u: Float[Array, "rows n"], p: Columns) -> Float[Array, "G r k"]:
-    """Return `u - p` at the entries that `p` keeps but has altered."""
-    before = jnp.take_along_axis(group_rows(u, p.rows_per_group), p.index[:, None, :], axis=2, mode="promise_in_bounds")
-    return _finite(before - p.values)

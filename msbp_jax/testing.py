@@ -49,10 +49,10 @@ def check_sparsifier(sparsifier: Sparsifier, *, rows: int = 12, n: int = 96, unb
 
 
 def check_backend(backend: str) -> None:
-    """Check the three ops of a backend against float64 products of the materialized cotangent.
+    """Check the ops that a backend has against NumPy, and float64 products of the materialized cotangent.
 
     Args:
-      backend: Name of a backend that every op has.
+      backend: Name of a backend.
 
     Raises:
       AssertionError: A result is off by more than the rounding of its dtype.
@@ -62,11 +62,17 @@ def check_backend(backend: str) -> None:
       >>> import msbp_jax as msbp
       >>> msbp.testing.check_backend("xla")
     """
+    known = kernels.backends()
+    if backend not in known["grad_input"]:
+        raise ValueError(f"There is no backend {backend!r}. Expected one of: {', '.join(known['grad_input'])}.")
     for rows, m, n, k, group in ((8, 5, 7, 3, 1), (9, 4, 33, 5, 4), (16, 130, 64, 64, None), (3, 1, 9, 1, 2)):
         u, x, w = random_gradient(0, rows, n), random_gradient(1, rows, m), random_gradient(2, m, n)
-        index = kernels.select(u, k, group, backend=backend)
-        _demand(np.array_equal(np.asarray(index), _best_columns(u, k, group)), "select chose other columns", backend)
-        p = take_columns(u, index, group)
+        p = kernels.select(u, k, group, backend=backend if backend in known["select"] else None)
+        chosen = np.sort(np.asarray(p.index), axis=1)
+        _demand(np.array_equal(chosen, _best_columns(u, k, group)), "select chose other columns", backend)
+        _demand(_equal(p.values, take_columns(u, p.index, group).values), "select took other entries", backend)
+        for memory in (random_gradient(3, 1, n)[0], random_gradient(3, rows, n)):
+            _check_memory(backend if backend in known["select_with_memory"] else None, u, memory, k, group)
         for axis in (0, 1):
             oriented = w if axis == 1 else w.T
             dx = kernels.grad_input(p, oriented, axis, backend=backend)
@@ -74,6 +80,16 @@ def check_backend(backend: str) -> None:
             true_dx, true_dw = dense_products(p, x, oriented, axis)
             _demand(_close(dx, true_dx), f"grad_input is off with feature_axis={axis}", backend)
             _demand(_close(dw, true_dw), f"grad_weight is off with feature_axis={axis}", backend)
+
+
+def _check_memory(backend: str | None, g: jax.Array, memory: jax.Array, k: int, group: int | None) -> None:
+    p, after = kernels.select_with_memory(g, memory, 0.5, k, group, backend=backend)
+    u = np.asarray(g + (memory if memory.ndim == 2 else memory[None]))
+    chosen = np.sort(np.asarray(p.index), axis=1)
+    where = backend or "the chosen backend"
+    _demand(np.array_equal(chosen, _best_columns(u, k, group)), "with a memory, select chose other columns", where)
+    left = u - np.asarray(p.materialize())
+    _demand(_close(after, 0.5 * (left if memory.ndim == 2 else left.mean(0))), "the new memory is off", where)
 
 
 def dense_products(p: Format, x: Any, w: Any, feature_axis: int) -> tuple[np.ndarray, np.ndarray]:
@@ -168,11 +184,11 @@ def _check_unbiased(sparsifier: Sparsifier, u: jax.Array) -> None:
     )
 
 
-def _best_columns(u: jax.Array, k: int, group: int | None) -> np.ndarray:
+def _best_columns(u: jax.Array | np.ndarray, k: int, group: int | None) -> np.ndarray:
     size = u.shape[0] if group is None else group
     magnitude = np.abs(np.asarray(u, np.float32))
     scores = [magnitude[i : i + size].sum(0) for i in range(0, len(magnitude), size)]
-    return np.stack([np.argsort(-score, kind="stable")[:k] for score in scores])
+    return np.stack([np.sort(np.argsort(-score, kind="stable")[:k]) for score in scores])
 
 
 def _types(tree: Any) -> tuple[Any, list[Any]]:

@@ -1,8 +1,9 @@
-"""The three ops of a sparse backward, one folder an op, one file a backend.
+"""The ops of a sparse backward, one folder an op, one file a backend.
 
-select       scores of the columns of each group of rows, and the k best       u -> index
-grad_input   dx = p wᵀ                                                         p, w -> dx
-grad_weight  dw = xᵀ p                                                         x, p -> dw
+select              the k best columns of each group of rows, and their entries    u -> p
+select_with_memory  the same of u = g + m, and what is left of u                   g, m -> p, m'
+grad_input          dx = p wᵀ                                                      p, w -> dx
+grad_weight         dw = xᵀ p                                                      x, p -> dw
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from msbp_jax.formats import Columns
-from msbp_jax.kernels import _dispatch
+from msbp_jax.kernels import _arguments, _choose, _dispatch
 from msbp_jax.kernels.grad_input import IMPLEMENTATIONS as _GRAD_INPUT
 from msbp_jax.kernels.grad_weight import IMPLEMENTATIONS as _GRAD_WEIGHT
 from msbp_jax.kernels.select import IMPLEMENTATIONS as _SELECT
+from msbp_jax.kernels.select_with_memory import IMPLEMENTATIONS as _SELECT_WITH_MEMORY
 
 OPS: dict[str, Mapping[str, Callable[..., Any]]] = {
     "select": _SELECT,
+    "select_with_memory": _SELECT_WITH_MEMORY,
     "grad_input": _GRAD_INPUT,
     "grad_weight": _GRAD_WEIGHT,
 }
@@ -27,8 +30,8 @@ OPS: dict[str, Mapping[str, Callable[..., Any]]] = {
 
 def select(
     cotangent: Float[Array, "rows n"], k: int, rows_per_group: int | None, *, backend: str | None = None
-) -> Int[Array, "G k"]:
-    """Return, for each group of rows, the `k` columns with the largest sum of absolute values, ties to the lower one.
+) -> Columns:
+    """Keep, for each group of rows, the `k` columns with the largest sum of absolute values, ties to the lower one.
 
     Args:
       cotangent: `[rows, n]`, any floating dtype; scores are summed in float32 (float64 for float64).
@@ -37,9 +40,47 @@ def select(
       backend: Name of a backend, or None to choose.
 
     Returns:
-      `[G, k]`, int32, best first. A NaN counts as larger than everything else.
+      The kept columns; in which order they stand within a group is the backend's affair. A NaN counts as larger than
+      everything else.
+
+    Raises:
+      TypeError: A value of the wrong type or dtype.
+      ValueError: A value of the wrong rank or size, or an unknown backend.
     """
+    _arguments.check_selection(cotangent, k, rows_per_group)
     return _dispatch.run("select", _SELECT, backend, cotangent, k, rows_per_group)
+
+
+def select_with_memory(
+    cotangent: Float[Array, "rows n"],
+    memory: Float[Array, ...],
+    decay: float,
+    k: int,
+    rows_per_group: int | None,
+    *,
+    backend: str | None = None,
+) -> tuple[Columns, Float[Array, ...]]:
+    """Apply `select` to `u = g + m` and return what is left of it: `m' = decay R(u - p)`.
+
+    Args:
+      cotangent: `g`, `[rows, n]`, any floating dtype.
+      memory: `m`: `[n]`, added to every row, `R` being the mean over rows; or `[rows, n]`, `R` being the identity.
+      decay: How much of what is left is carried on.
+      k: How many columns to keep, `1 <= k <= n`.
+      rows_per_group: `r`; None for one group.
+      backend: Name of a backend, or None to choose.
+
+    Returns:
+      `p`, in the dtype of `g`, and `m'`, float32, in the shape of `m`; entries that are not finite are 0 in it.
+
+    Raises:
+      TypeError: A value of the wrong type or dtype.
+      ValueError: A value of the wrong rank or size, or an unknown backend.
+    """
+    _arguments.check_selection(cotangent, k, rows_per_group)
+    _arguments.check_memory(cotangent, memory)
+    arguments = cotangent, memory, decay, k, rows_per_group
+    return _dispatch.run("select_with_memory", _SELECT_WITH_MEMORY, backend, *arguments)
 
 
 def grad_input(
@@ -61,8 +102,16 @@ def grad_input(
 
     Returns:
       `[rows, m]`, accumulated in at least float32.
+
+    Raises:
+      TypeError: A value of the wrong type or dtype.
+      ValueError: A value of the wrong rank or size, or an unknown backend.
     """
-    return _dispatch.run("grad_input", _GRAD_INPUT, backend, cotangent, weight, feature_axis, precision)
+    _arguments.check_columns(cotangent)
+    _arguments.check_weight(cotangent, weight, feature_axis)
+    order = _choose.products_order(cotangent, weight.shape[1 - feature_axis])
+    arguments = cotangent, weight, feature_axis, precision
+    return _dispatch.run("grad_input", _GRAD_INPUT, backend, *arguments, order=order)
 
 
 def grad_weight(
@@ -84,16 +133,27 @@ def grad_weight(
 
     Returns:
       `[m, n]` if `feature_axis` is 1, `[n, m]` if it is 0, accumulated in at least float32.
+
+    Raises:
+      TypeError: A value of the wrong type or dtype.
+      ValueError: A value of the wrong rank or size, or an unknown backend.
     """
-    return _dispatch.run("grad_weight", _GRAD_WEIGHT, backend, cotangent, inputs, feature_axis, precision)
+    _arguments.check_columns(cotangent)
+    _arguments.check_inputs(cotangent, inputs, feature_axis)
+    order = _choose.products_order(cotangent, inputs.shape[1])
+    arguments = cotangent, inputs, feature_axis, precision
+    return _dispatch.run("grad_weight", _GRAD_WEIGHT, backend, *arguments, order=order)
 
 
 def backends() -> dict[str, tuple[str, ...]]:
-    """Return, for each op, the backends that this installation has, in the order in which they are tried.
+    """Return, for each op, the backends that this installation has.
+
+    `native` is missing where msbp_jax was installed without a C++ compiler. A selection runs on the first that takes
+    its arguments; which one runs the products of a layer is chosen by what each would take, and in `report`.
 
     Example:
       >>> import msbp_jax as msbp
-      >>> msbp.backends()["grad_input"]
-      ('xla',)
+      >>> "xla" in msbp.backends()["grad_input"]
+      True
     """
     return {op: tuple(implementations) for op, implementations in OPS.items()}

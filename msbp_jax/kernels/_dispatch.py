@@ -1,4 +1,4 @@
-"""Which backend runs an op: the first of a fixed order that does not decline.
+"""Which backend runs an op: the first, of a given order, that does not decline.
 
 A backend declines with `NotImplementedError` ("not me, try the next one"); `ValueError` means that the caller's input
 is wrong and is never caught. A backend that is asked for by name is the only one tried, and its error is the caller's.
@@ -6,32 +6,36 @@ is wrong and is never caught. A backend that is asked for by name is the only on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
 def run[T](
-    op: str, implementations: Mapping[str, Callable[..., T]], backend: str | None, *args: Any, **kwargs: Any
+    op: str,
+    implementations: Mapping[str, Callable[..., T]],
+    backend: str | None,
+    *args: Any,
+    order: Iterable[str] | None = None,
 ) -> T:
-    """Run `op` on `args` with the first backend, in the mapping's order, that does not decline.
+    """Run `op` on `args` with the first backend that does not decline.
 
     Args:
       op: Name of the op, for messages.
       implementations: Backend name to function, in order of preference; the reference comes last.
       backend: One name, or None to choose.
       *args: The op's arguments.
-      **kwargs: The op's keyword arguments.
+      order: Names in another order of preference.
 
     Raises:
       ValueError: No backend of that name.
       ExceptionGroup: All of them declined; it holds each one's reason.
     """
     if backend is not None:
-        return _named(op, implementations, backend)(*args, **kwargs)
+        return _named(op, implementations, backend)(*args)
     reasons: list[Exception] = []
-    for implementation in implementations.values():
+    for name in order or implementations:
         try:
-            return implementation(*args, **kwargs)
+            return implementations[name](*args)
         except NotImplementedError as declined:
             reasons.append(declined)
     raise ExceptionGroup(f"every backend of {op} declined", reasons or [NotImplementedError("it has no backend")])

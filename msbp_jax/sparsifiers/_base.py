@@ -41,6 +41,9 @@ class Sparsifier(NamedTuple):
       name: How the report calls it.
       is_identity: Takes the same `ShapeDtypeStruct` and says whether `S(u) = u` there; such a site is evaluated as
         plain JAX, without rule or state.
+      with_memory: None, or `S` with a memory in one go, where there is a faster way than `u = g + m`, `S(u)`,
+        `m' = decay R(u - p)` one after the other: takes `(g, m, decay, state)`, m being `[n]` or `[rows, n]`, and
+        returns `(p, m', state)`. `memorized` uses it.
 
     Example:
       Keep the first `k` features, whatever they hold:
@@ -58,6 +61,7 @@ class Sparsifier(NamedTuple):
     apply: Callable[[jax.Array, State], tuple[Format, State]]
     name: str = "custom"
     is_identity: Callable[[jax.ShapeDtypeStruct], bool] = _never
+    with_memory: Callable[[jax.Array, jax.Array, float, State], tuple[Format, jax.Array, State]] | None = None
 
     def __repr__(self) -> str:
         return self.name

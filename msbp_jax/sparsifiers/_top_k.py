@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from msbp_jax import kernels
-from msbp_jax.formats import Columns, take_columns
+from msbp_jax.formats import Columns
 from msbp_jax.sparsifiers._base import Sparsifier, State, check_count, check_rows_per_group, describe
 
 
@@ -52,12 +52,19 @@ def top_k(
     group = check_rows_per_group(rows_per_group)
 
     def apply(u: jax.Array, state: State) -> tuple[Columns, State]:
-        index = kernels.select(u, count.of(u.shape[1]), group, backend=backend)
-        return take_columns(u, index, group), state
+        return kernels.select(u, count.of(u.shape[1]), group, backend=backend), state
+
+    def with_memory(
+        g: jax.Array, memory: jax.Array, decay: float, state: State
+    ) -> tuple[Columns, jax.Array, State]:
+        k = count.of(g.shape[1])
+        p, new_memory = kernels.select_with_memory(g, memory, decay, k, group, backend=backend)
+        return p, new_memory, state
 
     return Sparsifier(
         init=lambda aval: (),
         apply=apply,
         name=describe("top_k", count, group),
         is_identity=lambda aval: count.of(aval.shape[1]) >= aval.shape[1],
+        with_memory=with_memory,
     )

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from msbp_jax import kernels
 from msbp_jax.formats import Columns
-from msbp_jax.kernels import _cost
+from msbp_jax.kernels import _choose
 from msbp_jax.transform._sites import Site
 
 
@@ -108,6 +108,7 @@ def _sparse_row(site: Site, backend: str | None) -> SparseRow:
     algebra = site.algebra
     kept = _kept(site)
     k, group = kept or (None, None)
+    chosen = backend or ("" if kept is None else _choose.fastest_first(algebra.rows, algebra.m, algebra.n, *kept)[0])
     instances = 1
     for size in site.instances:
         instances *= size
@@ -120,10 +121,10 @@ def _sparse_row(site: Site, backend: str | None) -> SparseRow:
         sparsifier=site.sparsifier.name,
         k=k,
         rows_per_group=group,
-        backend=backend or kernels.backends()["grad_input"][0],
+        backend=chosen,
         saved=0.0 if k is None else 1 - k / algebra.n,
         instances=instances,
-        warning="" if kept is None else _cost.warning(algebra.rows, algebra.m, algebra.n, *kept),
+        warning="" if kept is None else _choose.warning(algebra.rows, algebra.m, algebra.n, *kept, backend),
     )
 
 

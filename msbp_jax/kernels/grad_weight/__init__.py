@@ -1,5 +1,8 @@
-"""The backends of `grad_weight`, in the order in which they are tried; the reference comes last."""
+"""The backends of `grad_weight`. `_choose` puts them into the order of their expected times."""
 
-from msbp_jax.kernels.grad_weight import xla
+from msbp_jax.kernels import _native_calls
+from msbp_jax.kernels.grad_weight import dense, native, xla
 
-IMPLEMENTATIONS = {"xla": xla.grad_weight}
+IMPLEMENTATIONS = {"xla": xla.grad_weight, "dense": dense.grad_weight}
+if _native_calls.available():
+    IMPLEMENTATIONS = {"native": native.grad_weight} | IMPLEMENTATIONS

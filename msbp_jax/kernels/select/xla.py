@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from msbp_jax.formats import accumulation_dtype, group_rows
+from msbp_jax.formats import Columns, accumulation_dtype, group_rows, take_columns
 
 
-def select(cotangent: Float[Array, "rows n"], k: int, rows_per_group: int | None) -> Int[Array, "G k"]:
+def select(cotangent: Float[Array, "rows n"], k: int, rows_per_group: int | None) -> Columns:
     """See `msbp_jax.kernels.select`."""
     magnitude = jnp.abs(cotangent).astype(accumulation_dtype(cotangent.dtype))
-    return lax.top_k(group_rows(magnitude, rows_per_group).sum(axis=1), k)[1]
+    index = lax.top_k(group_rows(magnitude, rows_per_group).sum(axis=1), k)[1]
+    return take_columns(cotangent, index, rows_per_group)

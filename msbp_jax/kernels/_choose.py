@@ -1,0 +1,128 @@
+"""Which backend runs the products of a layer on a CPU: the one whose expected time is least.
+
+The times are a linear model in the work that each path does, for two cores; `python -m benchmarks choice` measures the
+paths on a grid of shapes, fits the coefficients below, and writes the file that a test holds them against: whatever is
+chosen took at most 15 % longer than the best. More cores make every path faster alike, so that the order holds.
+
+On other platforms the order is fixed until something is measured there.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from msbp_jax.formats import Columns
+from msbp_jax.kernels import _native_calls
+
+# Seconds for a call, and for each unit of the work in `_work`, in its order.
+COEFFICIENTS: dict[str, tuple[float, ...]] = {
+    "native, lists": (3.97e-05, 5.26e-11, 9.79e-09, 4.91e-10),
+    "native, groups": (4.94e-05, 2.82e-11, 1.56e-10, 4.24e-10),
+    "xla": (1.17e-04, 2.67e-11, 1.99e-09, 5.99e-10),
+    "dense": (1.13e-04, 2.53e-11, 1.52e-09, 9.23e-10),
+    "plain": (9.42e-05, 2.94e-11, 9.07e-10),
+    "select, native": (6.59e-05, 4.33e-10, 5.73e-10, 0.0),
+    "select, xla": (5.0e-05, 6.0e-10, 1.0e-8, 6.0e-9),
+}
+
+
+def kind_of(backend: str, k: int, rows_per_group: int) -> str:
+    """Return the name of the model: the native backend has two paths, and takes them as `by_lists` in native/ does."""
+    if backend != "native":
+        return backend
+    return "native, lists" if rows_per_group < 8 or (rows_per_group < 16 and k < 64) else "native, groups"
+
+
+def work(kind: str, rows: int, m: int, n: int, k: int, rows_per_group: int) -> tuple[int, ...]:
+    """Return the units of work that the coefficients of a path multiply.
+
+    Args:
+      kind: Name of the path.
+      rows: Rows of the gradient.
+      m: Input features.
+      n: Output features.
+      k: Features kept.
+      rows_per_group: Rows that share a choice.
+    """
+    groups = -(-rows // rows_per_group)
+    arrays = m * n + rows * m
+    match kind:
+        case "native, lists":
+            return 1, rows * k * m, rows * k, arrays
+        case "native, groups" | "xla":
+            return 1, rows * k * m, groups * k * m, arrays
+        case "dense":
+            return 1, rows * m * n, rows * k, rows * n + arrays
+        case "plain":
+            return 1, rows * m * n, arrays
+        case _:
+            return 1, rows * n, rows * k, groups * n
+
+
+def seconds(kind: str, rows: int, m: int, n: int, k: int, rows_per_group: int) -> float:
+    """Return the expected time of a path, in seconds on two CPU cores; the arguments are those of `work`."""
+    units = work(kind, rows, m, n, k, rows_per_group)
+    return sum(c * unit for c, unit in zip(COEFFICIENTS[kind], units, strict=True))
+
+
+def fastest_first(rows: int, m: int, n: int, k: int, rows_per_group: int) -> tuple[str, ...]:
+    """Return the backends of the products in the order of their expected times here.
+
+    Args:
+      rows: Rows of the gradient.
+      m: Input features.
+      n: Output features.
+      k: Features kept.
+      rows_per_group: Rows that share a choice.
+    """
+    if jax.default_backend() != "cpu":
+        return ("xla", "dense")  # nothing was measured there
+    names = ("native", "xla", "dense") if _native_calls.available() else ("xla", "dense")
+    layer = rows, m, n, k, rows_per_group
+    return tuple(sorted(names, key=lambda name: seconds(kind_of(name, k, rows_per_group), *layer)))
+
+
+def products_order(cotangent: Columns, m: int) -> tuple[str, ...]:
+    """Return `fastest_first` for a compact cotangent and `m` input features."""
+    rows, n = cotangent.shape
+    return fastest_first(rows, m, n, cotangent.kept_per_group, cotangent.rows_per_group)
+
+
+def expected_speed_up(rows: int, m: int, n: int, k: int, rows_per_group: int, backend: str | None = None) -> float:
+    """Return the expected time of a layer's dense backward over that of its sparse one, select included, on a CPU.
+
+    Args:
+      rows: Rows of the gradient.
+      m: Input features.
+      n: Output features.
+      k: Features kept.
+      rows_per_group: Rows that share a choice.
+      backend: Backend of the products; None for the one that is chosen.
+    """
+    layer = rows, m, n, k, rows_per_group
+    chosen = backend or fastest_first(*layer)[0]
+    select = "select, native" if _native_calls.available() else "select, xla"
+    sparse = seconds(select, *layer) + seconds(kind_of(chosen, k, rows_per_group), *layer)
+    return seconds("plain", *layer) / sparse
+
+
+def warning(rows: int, m: int, n: int, k: int, rows_per_group: int, backend: str | None = None) -> str:
+    """Return why a layer's sparse backward will probably be slower than the dense one, or "" if it will not.
+
+    Args:
+      rows: Rows of the gradient.
+      m: Input features.
+      n: Output features.
+      k: Features kept.
+      rows_per_group: Rows that share a choice.
+      backend: Backend of the products; None for the one that is chosen.
+    """
+    if jax.default_backend() != "cpu":
+        return ""  # nothing was measured there
+    speed_up = expected_speed_up(rows, m, n, k, rows_per_group, backend)
+    if speed_up >= 1:
+        return ""
+    text = f"its sparse backward is probably slower than the dense one here (about {speed_up:.2g}x)"
+    if expected_speed_up(rows, m, n, k, min(rows, max(32, rows_per_group)), backend) >= 1:
+        return f"{text}; rows_per_group=32 or more is faster."
+    return f"{text}; every sparse path is slower for a layer of this size and density, better left dense."

@@ -1,0 +1,90 @@
+"""Calling the native CPU kernels: loading the extension, registering its handlers, and the call itself.
+
+The extension (`native/` of the source tree) is built when the package is installed, if there is a C++ compiler; without it
+XLA serves. Its kernels run in the threads of XLA's own pool, are chosen between instruction sets at run time, and sum in
+an order that depends on shapes alone, so that the number of threads does not show in the result.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msbp_jax import _compat
+
+DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+
+
+@functools.cache
+def _extension() -> Any:
+    """Return the compiled module, or None with the reason in `why_not`."""
+    try:
+        return importlib.import_module("msbp_jax.kernels._native")
+    except ImportError:
+        return None
+
+
+def available() -> bool:
+    """Whether the extension was built and loads."""
+    return _extension() is not None
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Return the instruction sets that the build has and this processor runs, in order of preference."""
+    return tuple(_extension().instruction_sets()) if available() else ()
+
+
+@functools.cache
+def _register() -> None:
+    for name, handler in _extension().handlers().items():
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+
+
+def check(*arrays: jax.Array) -> None:
+    """Decline what the kernels do not do.
+
+    Raises:
+      NotImplementedError: Another platform, or a dtype other than float32 and bfloat16.
+    """
+    if not available():
+        raise NotImplementedError("the native kernels were not built when msbp_jax was installed")
+    if jax.default_backend() != "cpu":
+        raise NotImplementedError(f"the native kernels run on CPU, and JAX's default here is {jax.default_backend()}")
+    for array in arrays:
+        if array.dtype not in DTYPES:
+            raise NotImplementedError(f"the native kernels take float32 and bfloat16, got {array.dtype}")
+
+
+def call(
+    name: str,
+    operands: Sequence[jax.Array],
+    results: Sequence[tuple[tuple[int, ...], Any]],
+    instruction_set: int = 0,
+    **attributes: Any,
+) -> list[jax.Array]:
+    """Call a kernel.
+
+    Args:
+      name: Which.
+      operands: Its arrays.
+      results: Shape and dtype of each array that it returns.
+      instruction_set: Place in `instruction_sets()`; anything but 0 is for tests.
+      **attributes: Its numbers; an int is passed as int64, a float as float32.
+    """
+    _register()
+    numbers = {key: _number(value) for key, value in attributes.items()}
+    types = [_compat.ffi_result(shape, dtype, operands) for shape, dtype in results]
+    function = jax.ffi.ffi_call(f"msbp_{name}", types, vmap_method="expand_dims")
+    return list(function(*operands, instruction_set=np.int64(instruction_set), **numbers))
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        return value
+    return np.int64(value) if isinstance(value, int) else np.float32(value)

@@ -1,0 +1,26 @@
+"""`grad_weight` in native code.
+
+The rows of dw are summed up in a tile in cache, and written once, zeros included, the way the weight is stored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from msbp_jax.formats import Columns
+from msbp_jax.kernels import _native_calls
+
+
+def grad_weight(
+    cotangent: Columns, inputs: Float[Array, "rows m"], feature_axis: int, precision: Any = None
+) -> Float[Array, ...]:
+    """See `msbp_jax.kernels.grad_weight`. Products are float32 throughout, whatever `precision` asks for."""
+    del precision
+    _native_calls.check(cotangent.values, inputs)
+    m, n = inputs.shape[1], cotangent.shape[1]
+    results = [((m, n) if feature_axis == 1 else (n, m), jnp.float32)]
+    operands = [cotangent.values, cotangent.index, inputs]
+    return _native_calls.call("grad_weight", operands, results, features_last=feature_axis == 1)[0]

@@ -1,0 +1,20 @@
+"""`select` in native code: scores, an exact top-k without sorting, and the kept entries, in one pass over the gradient."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from msbp_jax.formats import Columns
+from msbp_jax.kernels import _native_calls
+
+
+def select(cotangent: Float[Array, "rows n"], k: int, rows_per_group: int | None) -> Columns:
+    """See `msbp_jax.kernels.select`."""
+    _native_calls.check(cotangent)
+    rows, n = cotangent.shape
+    r = min(rows_per_group or rows, rows)
+    groups = -(-rows // r)
+    results = [((groups, r, k), cotangent.dtype), ((groups, k), jnp.int32)]
+    values, index = _native_calls.call("select", [cotangent], results, k=k, rows_per_group=r)
+    return Columns(values, index, (rows, n))

@@ -1,0 +1,314 @@
+// What XLA calls: check every argument, then run the kernel once for each element of the leading batch axes.
+#include <limits>
+#include <new>
+#include <string>
+#include <vector>
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "kernels.h"
+#include "pool.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace nb = nanobind;
+namespace ffi = xla::ffi;
+
+namespace msbp {
+namespace {
+
+std::string text(const std::vector<int64_t>& shape) {
+  std::string out = "[";
+  for (size_t i = 0; i < shape.size(); ++i) out += (i ? ", " : "") + std::to_string(shape[i]);
+  return out + "]";
+}
+
+// An array with leading batch axes, each of which may have size 1 where another operand's does not.
+struct Operand {
+  const char* name;
+  char* data;
+  ffi::DataType dtype;
+  std::vector<int64_t> shape;  // without the batch axes
+  std::vector<int64_t> batch;
+  int64_t bytes;  // of one element of the batch
+
+  template <typename Buffer>
+  Operand(const char* name, const Buffer& buffer, size_t rank)
+      : name(name), data(static_cast<char*>(buffer.untyped_data())), dtype(buffer.element_type()), bytes(0) {
+    const auto dims = buffer.dimensions();
+    const size_t lead = dims.size() < rank ? 0 : dims.size() - rank;
+    batch.assign(dims.begin(), dims.begin() + lead);
+    shape.assign(dims.begin() + lead, dims.end());
+    bytes = static_cast<int64_t>(ffi::ByteWidth(dtype));
+    for (const int64_t size : shape) bytes *= size;
+  }
+
+  bool bfloat16() const { return dtype == ffi::DataType::BF16; }
+
+  // Element `b` of the batch, counted over `whole`.
+  char* at(int64_t b, const std::vector<int64_t>& whole) const {
+    int64_t offset = 0, step = 1;
+    for (size_t axis = whole.size(); axis-- > 0;) {
+      const int64_t place = b % whole[axis];
+      b /= whole[axis];
+      if (batch[axis] != 1) offset += place * step;
+      step *= batch[axis];
+    }
+    return data + offset * bytes;
+  }
+};
+
+// Collects the first thing that is wrong.
+class Check {
+ public:
+  void dtype(const Operand& a, std::initializer_list<ffi::DataType> allowed, const char* expected) {
+    for (const ffi::DataType one : allowed)
+      if (a.dtype == one) return;
+    fail(std::string(a.name) + " must be " + expected + ", got XLA's element type " +
+         std::to_string(static_cast<int>(a.dtype)));
+  }
+  void real(const Operand& a) { dtype(a, {ffi::DataType::F32, ffi::DataType::BF16}, "float32 or bfloat16"); }
+  void shape(const Operand& a, const std::vector<int64_t>& expected) {
+    if (a.shape != expected) fail(std::string(a.name) + " must have shape " + text(expected) + ", got " + text(a.shape));
+  }
+  void rank(const Operand& a, size_t rank) {
+    if (a.shape.size() != rank) fail(std::string(a.name) + " must have at least " + std::to_string(rank) + " axes");
+  }
+  void range(const char* name, int64_t value, int64_t low, int64_t high) {
+    if (value < low || value > high)
+      fail(std::string(name) + " must be between " + std::to_string(low) + " and " + std::to_string(high) + ", got " +
+           std::to_string(value));
+  }
+  void batch(const Operand& a, const std::vector<int64_t>& whole) {
+    bool fits = a.batch.size() == whole.size();
+    for (size_t i = 0; fits && i < whole.size(); ++i) fits = a.batch[i] == whole[i] || a.batch[i] == 1;
+    if (!fits) fail(std::string(a.name) + " must have batch axes " + text(whole) + " (or 1), got " + text(a.batch));
+  }
+  bool good() const { return error_.empty(); }
+  ffi::Error error() const { return ffi::Error::InvalidArgument("msbp_jax: " + error_); }
+  void fail(std::string what) {
+    if (error_.empty()) error_ = std::move(what);
+  }
+
+ private:
+  std::string error_;
+};
+
+const Kernels* kernels_of(int64_t instruction_set, Check& check) {
+  int64_t count = 0;
+  while (available()[count] != nullptr) ++count;
+  check.range("instruction_set", instruction_set, 0, count - 1);
+  return check.good() ? available()[instruction_set] : nullptr;
+}
+
+int64_t product(const std::vector<int64_t>& sizes) {
+  int64_t total = 1;
+  for (const int64_t size : sizes) total *= size;
+  return total;
+}
+
+template <typename Body>
+ffi::Error for_each_of_batch(const std::vector<int64_t>& batch, const Body& body) {
+  try {
+    for (int64_t b = 0; b < product(batch); ++b) body(b);
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "msbp_jax: no memory for the scratch of a sparse kernel");
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error select(ffi::ThreadPool threads, const Operand& g, const Operand* memory, const Operand& values,
+                  const Operand& index, const Operand* new_memory, int64_t k, int64_t r, float decay, bool by_slot,
+                  int64_t instruction_set) {
+  Check check;
+  check.rank(g, 2);
+  check.real(g);
+  if (!check.good()) return check.error();
+  const int64_t rows = g.shape[0], n = g.shape[1];
+  check.range("rows", rows, 1, std::numeric_limits<int32_t>::max());
+  check.range("n", n, 1, std::numeric_limits<int32_t>::max());
+  check.range("k", k, 1, n);
+  check.range("rows_per_group", r, 1, rows);
+  if (!check.good()) return check.error();
+  const int64_t groups = (rows + r - 1) / r;
+  check.shape(values, {groups, r, k});
+  check.shape(index, {groups, k});
+  check.dtype(values, {g.dtype}, "of the dtype of cotangent");
+  check.dtype(index, {ffi::DataType::S32}, "int32");
+  check.batch(g, values.batch);
+  check.batch(index, values.batch);
+  if (memory != nullptr) {
+    const std::vector<int64_t> shape = by_slot ? std::vector<int64_t>{rows, n} : std::vector<int64_t>{n};
+    for (const Operand* one : {memory, new_memory}) {
+      check.shape(*one, shape);
+      check.dtype(*one, {ffi::DataType::F32}, "float32");
+      check.batch(*one, values.batch);
+    }
+  }
+  const Kernels* kernels = kernels_of(instruction_set, check);
+  if (!check.good()) return check.error();
+  XlaPool pool(threads, rows * n);
+  return for_each_of_batch(values.batch, [&](int64_t b) {
+    Select s{};
+    s.gradient = g.at(b, values.batch);
+    s.bfloat16 = g.bfloat16();
+    s.by_slot = by_slot;
+    s.decay = decay;
+    s.rows = rows, s.n = n, s.k = k, s.r = r;
+    s.values = values.at(b, values.batch);
+    s.index = reinterpret_cast<int32_t*>(index.at(b, values.batch));
+    if (memory != nullptr) {
+      s.memory = reinterpret_cast<const float*>(memory->at(b, values.batch));
+      s.new_memory = reinterpret_cast<float*>(new_memory->at(b, values.batch));
+    }
+    kernels->select(s, pool);
+  });
+}
+
+ffi::Error select_plain(ffi::ThreadPool threads, ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> values,
+                        ffi::Result<ffi::AnyBuffer> index, int64_t k, int64_t r, int64_t instruction_set) {
+  return select(threads, Operand("cotangent", g, 2), nullptr, Operand("values", *values, 3),
+                Operand("index", *index, 2), nullptr, k, r, 0.0f, false, instruction_set);
+}
+
+ffi::Error select_with_memory(ffi::ThreadPool threads, ffi::AnyBuffer g, ffi::AnyBuffer memory,
+                              ffi::Result<ffi::AnyBuffer> values, ffi::Result<ffi::AnyBuffer> index,
+                              ffi::Result<ffi::AnyBuffer> new_memory, int64_t k, int64_t r, float decay, bool by_slot,
+                              int64_t instruction_set) {
+  const size_t rank = by_slot ? 2 : 1;
+  const Operand old_memory("memory", memory, rank), result("new memory", *new_memory, rank);
+  return select(threads, Operand("cotangent", g, 2), &old_memory, Operand("values", *values, 3),
+                Operand("index", *index, 2), &result, k, r, decay, by_slot, instruction_set);
+}
+
+using Kernel = void (*Kernels::*)(const Product&, Pool&);
+
+ffi::Error multiply(ffi::ThreadPool threads, ffi::AnyBuffer values_, ffi::AnyBuffer index_, ffi::AnyBuffer other_,
+                    ffi::Result<ffi::AnyBuffer> out_, bool features_last, int64_t instruction_set, bool weight) {
+  const Operand values("values", values_, 3), index("index", index_, 2), other(weight ? "inputs" : "weight", other_, 2),
+      out("result", *out_, 2);
+  Check check;
+  check.rank(values, 3);
+  check.rank(index, 2);
+  check.rank(other, 2);
+  check.rank(out, 2);
+  check.real(values);
+  check.real(other);
+  check.dtype(index, {ffi::DataType::S32}, "int32");
+  check.dtype(out, {ffi::DataType::F32}, "float32");
+  if (!check.good()) return check.error();
+  Product p{};
+  p.groups = values.shape[0], p.r = values.shape[1], p.k = values.shape[2];
+  const Operand& matrix = weight ? out : other;  // oriented as the weight is
+  p.features_last = features_last;
+  p.m = matrix.shape[features_last ? 0 : 1], p.n = matrix.shape[features_last ? 1 : 0];
+  p.rows = (weight ? other : out).shape[0];
+  p.values_bfloat16 = values.bfloat16(), p.other_bfloat16 = other.bfloat16();
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  check.range("rows", p.rows, 1, kMost);
+  check.range("m", p.m, 1, kMost);
+  check.range("n", p.n, 1, kMost);
+  check.range("k", p.k, 1, p.n);
+  check.range("rows_per_group", p.r, 1, p.rows);
+  if (!check.good()) return check.error();
+  check.range("groups", p.groups, (p.rows + p.r - 1) / p.r, (p.rows + p.r - 1) / p.r);
+  check.range("entries", p.groups * p.r * p.k, 1, kMost);
+  check.shape(index, {p.groups, p.k});
+  check.shape(weight ? other : out, {p.rows, p.m});
+  check.batch(values, out.batch);
+  check.batch(index, out.batch);
+  check.batch(other, out.batch);
+  const Kernels* kernels = kernels_of(instruction_set, check);
+  if (!check.good()) return check.error();
+  const auto* places = reinterpret_cast<const int32_t*>(index.data);
+  uint32_t largest = 0;  // a negative one is larger than all
+  const int64_t entries = product(index.batch) * p.groups * p.k;
+  for (int64_t e = 0; e < entries; ++e) largest = static_cast<uint32_t>(places[e]) > largest ? places[e] : largest;
+  check.range("index", static_cast<int32_t>(largest), 0, p.n - 1);
+  if (!check.good()) return check.error();
+  XlaPool pool(threads, p.rows * p.k * p.m / 8 + p.m * p.n + p.rows * p.m);
+  return for_each_of_batch(out.batch, [&](int64_t b) {
+    Product one = p;
+    one.values = values.at(b, out.batch);
+    one.index = reinterpret_cast<const int32_t*>(index.at(b, out.batch));
+    one.other = other.at(b, out.batch);
+    one.out = reinterpret_cast<float*>(out.at(b, out.batch));
+    weight ? kernels->grad_weight(one, pool) : kernels->grad_input(one, pool);
+  });
+}
+
+ffi::Error grad_input(ffi::ThreadPool threads, ffi::AnyBuffer values, ffi::AnyBuffer index, ffi::AnyBuffer weight,
+                      ffi::Result<ffi::AnyBuffer> dx, bool features_last, int64_t instruction_set) {
+  return multiply(threads, values, index, weight, dx, features_last, instruction_set, false);
+}
+
+ffi::Error grad_weight(ffi::ThreadPool threads, ffi::AnyBuffer values, ffi::AnyBuffer index, ffi::AnyBuffer inputs,
+                       ffi::Result<ffi::AnyBuffer> dw, bool features_last, int64_t instruction_set) {
+  return multiply(threads, values, index, inputs, dw, features_last, instruction_set, true);
+}
+
+XLA_FFI_DEFINE_HANDLER(select_handler, select_plain,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Attr<int64_t>("k")
+                           .Attr<int64_t>("rows_per_group")
+                           .Attr<int64_t>("instruction_set"));
+
+XLA_FFI_DEFINE_HANDLER(select_with_memory_handler, select_with_memory,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Attr<int64_t>("k")
+                           .Attr<int64_t>("rows_per_group")
+                           .Attr<float>("decay")
+                           .Attr<bool>("by_slot")
+                           .Attr<int64_t>("instruction_set"));
+
+XLA_FFI_DEFINE_HANDLER(grad_input_handler, grad_input,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Attr<bool>("features_last")
+                           .Attr<int64_t>("instruction_set"));
+
+XLA_FFI_DEFINE_HANDLER(grad_weight_handler, grad_weight,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Attr<bool>("features_last")
+                           .Attr<int64_t>("instruction_set"));
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+  module.doc() = "The native CPU kernels of msbp_jax, as handlers of XLA's foreign function interface.";
+  module.def("handlers", [] {
+    nb::dict all;
+    all["msbp_select"] = nb::capsule(reinterpret_cast<void*>(select_handler));
+    all["msbp_select_with_memory"] = nb::capsule(reinterpret_cast<void*>(select_with_memory_handler));
+    all["msbp_grad_input"] = nb::capsule(reinterpret_cast<void*>(grad_input_handler));
+    all["msbp_grad_weight"] = nb::capsule(reinterpret_cast<void*>(grad_weight_handler));
+    return all;
+  });
+  module.def("instruction_sets", [] {
+    std::vector<std::string> names;
+    for (const Kernels* const* kernels = available(); *kernels != nullptr; ++kernels) names.emplace_back((*kernels)->name);
+    return names;
+  });
+}
+
+}  // namespace msbp

@@ -1,0 +1,53 @@
+// The kernels for one instruction set. Compiled once for each, with other flags and another MSBP_KERNELS.
+#include "kernels.h"
+
+#include "groups.h"
+#include "lists.h"
+#include "select.h"
+
+#ifndef MSBP_KERNELS
+#define MSBP_KERNELS portable
+#endif
+#define MSBP_JOIN_(a, b) a##b
+#define MSBP_JOIN(a, b) MSBP_JOIN_(a, b)
+#define MSBP_TEXT_(a) #a
+#define MSBP_TEXT(a) MSBP_TEXT_(a)
+
+namespace {
+
+// Sharing a load of the weight among a group's rows pays from a few rows on, later if there is little to load.
+bool by_lists(const msbp::Product& p) { return p.r < 8 || (p.r < 16 && p.k < 64); }
+
+template <typename Value, typename Other>
+void grad_input(const msbp::Product& p, msbp::Pool& pool) {
+  by_lists(p) ? grad_input_by_lists<Value, Other>(p, pool) : grad_input_by_groups<Value, Other>(p, pool);
+}
+
+template <typename Value, typename Other>
+void grad_weight(const msbp::Product& p, msbp::Pool& pool) {
+  by_lists(p) ? grad_weight_by_lists<Value, Other>(p, pool) : grad_weight_by_groups<Value, Other>(p, pool);
+}
+
+void grad_input(const msbp::Product& p, msbp::Pool& pool) {
+  if (p.values_bfloat16) {
+    p.other_bfloat16 ? grad_input<uint16_t, uint16_t>(p, pool) : grad_input<uint16_t, float>(p, pool);
+  } else {
+    p.other_bfloat16 ? grad_input<float, uint16_t>(p, pool) : grad_input<float, float>(p, pool);
+  }
+}
+
+void grad_weight(const msbp::Product& p, msbp::Pool& pool) {
+  if (p.values_bfloat16) {
+    p.other_bfloat16 ? grad_weight<uint16_t, uint16_t>(p, pool) : grad_weight<uint16_t, float>(p, pool);
+  } else {
+    p.other_bfloat16 ? grad_weight<float, uint16_t>(p, pool) : grad_weight<float, float>(p, pool);
+  }
+}
+
+}  // namespace
+
+namespace msbp {
+
+const Kernels MSBP_JOIN(MSBP_KERNELS, _kernels) = {MSBP_TEXT(MSBP_KERNELS), select, grad_input, grad_weight};
+
+}  // namespace msbp

@@ -1,0 +1,62 @@
+// What the handlers call: three kernels, compiled once for each instruction set, over plain pointers.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace msbp {
+
+// Runs task(context, i) for i in [0, tasks), on several threads, and returns when all are done.
+class Pool {
+ public:
+  virtual ~Pool() = default;
+  virtual int64_t threads() const = 0;
+  virtual void run(int64_t tasks, void (*task)(void*, int64_t), void* context) = 0;
+};
+
+// Memory that a thread keeps from call to call, since fresh pages cost more than what is done in them. `slot` tells
+// blocks in use at the same time apart. 64-byte aligned; contents undefined.
+enum class Slot { kTile, kResult, kRow, kLists, kOffsets, kColumns, kPartials, kValues, kCount };
+void* scratch(Slot slot, size_t bytes);
+
+// u = g (+ memory); for each group of r rows the k columns with the largest sum of |u|; their entries; what is left.
+struct Select {
+  const void* gradient;  // [rows, n]
+  bool bfloat16;         // of gradient and values
+  const float* memory;   // [n], or [rows, n] if by_slot; null for none
+  bool by_slot;
+  float decay;
+  int64_t rows, n, k, r;
+  void* values;       // [groups, r, k]
+  int32_t* index;     // [groups, k], ascending
+  float* new_memory;  // like memory
+};
+
+// dx = p wT (other = w, out = dx [rows, m]) or dw = xT p (other = x [rows, m], out = dw).
+struct Product {
+  const void* values;    // [groups, r, k]
+  const int32_t* index;  // [groups, k], each in [0, n)
+  const void* other;
+  bool values_bfloat16, other_bfloat16;
+  bool features_last;  // w and dw are [m, n] rather than [n, m]
+  int64_t groups, r, k, rows, m, n;
+  float* out;
+};
+
+struct Kernels {
+  const char* name;
+  void (*select)(const Select&, Pool&);
+  void (*grad_input)(const Product&, Pool&);
+  void (*grad_weight)(const Product&, Pool&);
+};
+
+// Every instruction set that this build has and this processor runs, best first; the last is the portable one.
+const Kernels* const* available();  // null-terminated
+
+extern const Kernels portable_kernels;
+#ifdef MSBP_X86
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+#endif
+
+}  // namespace msbp
