@@ -135,7 +135,7 @@ inline void top_k(const float* x, int64_t n, int64_t k, float mean, Guess& guess
   int64_t reach_low = n;
   const int32_t first = magnitude_bits(guess.threshold(mean));
   int64_t threshold = first < kExponent ? first : 0x3f800000;
-  for (int64_t step = int64_t{1} << 20; reach_low > enough && high - low > 1; step *= 4) {
+  for (int64_t step = int64_t{1} << 20; reach_low > enough && high - low > 1; step = least(4 * step, kMagnitude)) {
     if (threshold <= low || threshold >= high) threshold = low + (high - low) / 2;
     const int64_t reach = count_reaching(x, n, static_cast<int32_t>(threshold));
     if (reach >= k) {

@@ -1,0 +1,64 @@
+"""Measure and write benchmarks/results: one JSON, one Markdown file, plots.
+
+python -m benchmarks                       # everything; half an hour on two cores
+python -m benchmarks steps layers          # some of it; what was measured before is kept
+python -m benchmarks --torch-python PATH   # PyTorch from another interpreter
+
+layers      backward of one layer over shapes, densities and groups: each backend, dense XLA, PyTorch
+select      the selection alone, over the time of reading the gradient once, on three kinds of gradients
+steps       whole training steps: networks, optimizers, the bound of Amdahl's law, PyTorch
+memory      what a compiled step holds at its peak
+choice      every path of the products on a grid, and what the automatic choice takes of it
+compile     tracing and compiling a 12-layer step
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import choice, compile_time, layers, steps, tables
+from benchmarks.peers import Torch
+
+ROUNDS = {"layers": 15, "select": 15, "steps": 15, "memory": 1, "choice": 9, "compile": 5}
+
+
+def main() -> None:
+    """Measure and print tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*ROUNDS, []], help="what to measure; everything by default")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).with_name("results"), help="folder")
+    parser.add_argument("--data", type=pathlib.Path, help="folder with MNIST, to record gradients from")
+    parser.add_argument("--rounds", type=int, help="calls of each candidate that count")
+    parser.add_argument("--torch-python", help="interpreter that has PyTorch; this one by default")
+    parser.add_argument("--fit", action="store_true", help="print coefficients of the cost model, fitted to `choice`")
+    args = parser.parse_args()
+    torch = Torch(args.torch_python)
+    print(torch.reason or f"PyTorch {torch.version}", flush=True)
+    measures: dict[str, Callable[[int], list[dict[str, Any]]]] = {
+        "layers": lambda rounds: layers.measure_products(rounds, torch),
+        "select": lambda rounds: layers.measure_select(rounds, args.data),
+        "steps": lambda rounds: steps.measure_steps(rounds, torch),
+        "memory": lambda rounds: steps.measure_memory(),
+        "choice": choice.measure,
+        "compile": compile_time.measure,
+    }
+    for part in args.parts or ROUNDS:
+        print(f"\n## {part}", flush=True)
+        rows = measures[part](args.rounds or ROUNDS[part])
+        when = {"date": datetime.date.today().isoformat(), "machine": tables.machine(torch.version or torch.reason)}
+        tables.write(args.out, {part: {**when, "rows": rows}})
+        print("\n" + tables.markdown(rows), flush=True)
+    torch.close()
+    if args.fit:
+        table = json.loads((args.out / "results.json").read_text())["choice"]["rows"]
+        for kind, coefficients in choice.fit(table).items():
+            print(f'    "{kind}": {coefficients},')
+
+
+if __name__ == "__main__":
+    main()

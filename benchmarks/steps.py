@@ -1,0 +1,101 @@
+"""Whole training steps beside plain JAX, PyTorch and the bound that Amdahl's law sets; and what they keep in memory.
+
+bound = dense step / (forward + optimizer + density x dense backward): what a backward whose time shrank with the density
+would reach, all layers of the network counted as sparse.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+import msbp_jax as msbp
+from benchmarks.models import Setting, loss_of, problem, settings, step_of
+from benchmarks.peers import Torch
+from benchmarks.timing import Timed, medians, timed, training
+
+DENSITY, DECAY = 0.04, 0.8
+
+
+def methods(setting: Setting) -> dict[str, msbp.Sparsifier | None]:
+    """Return plain JAX and the sparse methods that are measured."""
+    top_k = msbp.top_k(density=DENSITY, rows_per_group=setting.rows_per_group)
+    single = msbp.memorized(msbp.top_k(density=DENSITY), decay=DECAY)
+    return {"dense": None, "top-k": top_k, "MSBP": msbp.memorized(top_k, decay=DECAY), "MSBP r=1": single}
+
+
+def measure_steps(rounds: int, torch: Torch) -> list[dict[str, Any]]:
+    """Return, for each network and optimizer, the ratios of a whole step."""
+    table = []
+    for setting in settings():
+        for optimizer, tx in (("SGD", optax.sgd(0.01)), ("Adam", optax.adam(1e-3))):
+            calls: dict[str, Timed] = {}
+            for method, sparsifier in methods(setting).items():
+                gradients, params, memory = problem(setting, sparsifier)
+                calls[method] = training(step_of(tx, gradients), (params, memory, tx.init(params)), setting.x, setting.y)
+            calls |= parts(setting, tx)
+            if setting.mlp and not torch.reason:
+                width, depth, batch = setting.mlp
+                what = {"width": width, "depth": depth, "batch": batch, "density": DENSITY, "optimizer": optimizer}
+                for method in ("dense", "meProp unified", "meProp simple"):
+                    calls[f"torch {method}"] = torch.step(method, method=method, **what)
+            ms = medians(calls, rounds)
+            torch.forget()
+            backward = max(0.0, ms["gradients"] - ms["forward"])
+            bound = ms["dense"] / (ms["forward"] + ms["optimizer"] + DENSITY * backward)
+            row: dict[str, Any] = {"network": setting.name, "optimizer": optimizer, "r": setting.rows_per_group}
+            row |= {f"{name}_ms": round(ms[name], 2) for name in ("dense", "MSBP")}
+            row["dense/MSBP"] = round(ms["dense"] / ms["MSBP"], 2)
+            row["bound"] = round(bound, 2)
+            row["share of bound"] = round(ms["dense"] / ms["MSBP"] / bound, 2)
+            row["dense/top-k"] = round(ms["dense"] / ms["top-k"], 2)
+            row["MSBP/top-k"] = round(ms["MSBP"] / ms["top-k"], 3)
+            row["dense/MSBP r=1"] = round(ms["dense"] / ms["MSBP r=1"], 2)
+            for name in ("dense", "meProp unified", "meProp simple"):
+                row[f"torch {name}/MSBP"] = round(ms[f"torch {name}"] / ms["MSBP"], 2) if f"torch {name}" in ms else "-"
+            table.append(row)
+            print(row, flush=True)
+    return table
+
+
+def parts(setting: Setting, tx: optax.GradientTransformation) -> dict[str, Timed]:
+    """Return the parts of the dense step: forward, loss and gradients, optimizer."""
+    gradients, params, _ = problem(setting, None)
+
+    def forward(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return loss_of(setting.module.apply({"params": params}, x), y)
+
+    def apply(state: tuple[Any, Any], grads: Any) -> tuple[tuple[Any, Any], jax.Array]:
+        params, opt_state = state
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), jax.numpy.zeros(())
+
+    grads = jax.tree.map(jax.numpy.ones_like, params)
+    return {
+        "forward": timed(jax.jit(forward), params, setting.x, setting.y),
+        "gradients": timed(jax.jit(lambda p, x, y: gradients(p, {}, x, y)), params, setting.x, setting.y),
+        "optimizer": training(apply, (params, tx.init(params)), grads),
+    }
+
+
+def measure_memory() -> list[dict[str, Any]]:
+    """Return what a compiled step holds at its peak beyond its arguments, by the program's own analysis."""
+    table = []
+    tx = optax.adam(1e-3)
+    for setting in settings():
+        row: dict[str, Any] = {"network": setting.name}
+        temporary = {}
+        for method, sparsifier in methods(setting).items():
+            gradients, params, memory = problem(setting, sparsifier)
+            state = (params, memory, tx.init(params))
+            compiled = jax.jit(step_of(tx, gradients), donate_argnums=0).lower(state, setting.x, setting.y).compile()
+            analysis = compiled.memory_analysis()
+            temporary[method] = analysis.temp_size_in_bytes
+            row[f"{method}_MiB"] = round((analysis.argument_size_in_bytes + analysis.temp_size_in_bytes) / 2**20, 1)
+        row["temporaries MSBP/dense"] = round(temporary["MSBP"] / temporary["dense"], 2)
+        row["temporaries MSBP r=1/dense"] = round(temporary["MSBP r=1"] / temporary["dense"], 2)
+        table.append(row)
+        print(row, flush=True)
+    return table
