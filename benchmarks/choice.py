@@ -1,8 +1,8 @@
 """Where each path of the products pays, and whether the automatic choice takes the right one.
 
-Every path runs on a grid of shapes; the table says what the choice would have been and what that costs over the best. With
-`--fit`, the coefficients of `msbp_jax/kernels/_choose.py` are fitted to it (non-negative least squares of the relative
-error) and printed.
+Every path runs on a grid of shapes; the table says what the choice would have been and what that costs over the best.
+With `--fit`, the coefficients of `msbp_jax/kernels/_choose.py` are fitted to it (non-negative least squares of the
+relative error) and printed.
 """
 
 from __future__ import annotations

@@ -32,8 +32,7 @@ class Torch:
             stderr=subprocess.PIPE,
             text=True,
         )
-        assert self._process.stdout is not None
-        hello = self._process.stdout.readline()
+        hello = self._read()
         if hello:
             self.version = json.loads(hello)["version"]
             return
@@ -69,8 +68,11 @@ class Torch:
         return call
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        if self._process.stdin is None:
+            raise RuntimeError("the worker has no input")
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        return json.loads(self._read())
+
+    def _read(self) -> str:
+        return "" if self._process.stdout is None else self._process.stdout.readline()

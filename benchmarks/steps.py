@@ -1,7 +1,7 @@
 """Whole training steps beside plain JAX, PyTorch and the bound that Amdahl's law sets; and what they keep in memory.
 
-bound = dense step / (forward + optimizer + density x dense backward): what a backward whose time shrank with the density
-would reach, all layers of the network counted as sparse.
+bound = dense step / (forward + optimizer + density x dense backward): what a backward whose time shrank with the
+density would reach, everything in it counted as sparse.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def measure_steps(rounds: int, torch: Torch) -> list[dict[str, Any]]:
             calls: dict[str, Timed] = {}
             for method, sparsifier in methods(setting).items():
                 gradients, params, memory = problem(setting, sparsifier)
-                calls[method] = training(step_of(tx, gradients), (params, memory, tx.init(params)), setting.x, setting.y)
+                calls[method] = training(
+                    step_of(tx, gradients), (params, memory, tx.init(params)), setting.x, setting.y
+                )
             calls |= parts(setting, tx)
             if setting.mlp and not torch.reason:
                 width, depth, batch = setting.mlp

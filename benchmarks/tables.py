@@ -81,7 +81,8 @@ def plot(folder: pathlib.Path, parts: dict[str, Any]) -> None:
         rows = parts["steps"]["rows"]
         labels = [f"{row['network']}, {row['optimizer']}" for row in rows]
         figure, axis = plt.subplots(figsize=(8, 0.42 * len(rows) + 1.2))
-        for offset, (key, label) in enumerate((("bound", "bound"), ("dense/MSBP", "MSBP"), ("dense/MSBP r=1", "MSBP, r=1"))):
+        bars = {"bound": "bound", "dense/MSBP": "MSBP", "dense/MSBP r=1": "MSBP, r=1"}
+        for offset, (key, label) in enumerate(bars.items()):
             places = [i + 0.27 * (offset - 1) for i in range(len(rows))]
             axis.barh(places, [row[key] for row in rows], 0.25, label=label)
         axis.axvline(1, color="grey", linewidth=0.7)

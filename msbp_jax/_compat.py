@@ -86,10 +86,26 @@ def shape_of(atom: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
 
 
-def ffi_result(shape: tuple[int, ...], dtype: Any, operands: Any) -> jax.ShapeDtypeStruct:
-    """Return the type of what a foreign function returns: under `shard_map` it varies over the operands' mesh axes."""
-    varying = frozenset[Any]().union(*(getattr(jax.typeof(operand), "vma", frozenset()) for operand in operands))
-    return jax.ShapeDtypeStruct(shape, dtype, vma=varying) if varying else jax.ShapeDtypeStruct(shape, dtype)
+def varying_alike(arrays: Any) -> tuple[list[Any], Any]:
+    """Return arrays made to vary over the same mesh axes under `shard_map`, as a foreign function wants them.
+
+    The second result makes the types of what it returns: `(shape, dtype) -> ShapeDtypeStruct`.
+    """
+    axes = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    together = frozenset[Any]().union(*axes)
+    alike = [
+        jax.lax.pcast(array, tuple(sorted(together - own)), to="varying") if together - own else array
+        for array, own in zip(arrays, axes, strict=True)
+    ]
+    kind = jax.typeof(alike[0]).manual_axis_type
+
+    def result(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        if not together:
+            return jax.ShapeDtypeStruct(shape, dtype)
+        sharding = jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), jax.sharding.PartitionSpec())
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding, manual_axis_type=kind)
+
+    return alike, result
 
 
 def closed(jaxpr: Any) -> ClosedJaxpr:

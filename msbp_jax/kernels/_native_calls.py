@@ -1,8 +1,8 @@
 """Calling the native CPU kernels: loading the extension, registering its handlers, and the call itself.
 
-The extension (`native/` of the source tree) is built when the package is installed, if there is a C++ compiler; without it
-XLA serves. Its kernels run in the threads of XLA's own pool, are chosen between instruction sets at run time, and sum in
-an order that depends on shapes alone, so that the number of threads does not show in the result.
+The extension (`native/` of the source tree) is built when the package is installed, if there is a C++ compiler; without
+it XLA serves. Its kernels run in the threads of XLA's own pool, in the best instruction set that the processor has, and
+sum in an order that depends on shapes alone, so that the number of threads does not show in the result.
 """
 
 from __future__ import annotations
@@ -79,9 +79,10 @@ def call(
     """
     _register()
     numbers = {key: _number(value) for key, value in attributes.items()}
-    types = [_compat.ffi_result(shape, dtype, operands) for shape, dtype in results]
+    alike, result = _compat.varying_alike(operands)
+    types = [result(shape, dtype) for shape, dtype in results]
     function = jax.ffi.ffi_call(f"msbp_{name}", types, vmap_method="expand_dims")
-    return list(function(*operands, instruction_set=np.int64(instruction_set), **numbers))
+    return list(function(*alike, instruction_set=np.int64(instruction_set), **numbers))
 
 
 def _number(value: Any) -> Any:

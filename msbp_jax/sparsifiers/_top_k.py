@@ -54,9 +54,7 @@ def top_k(
     def apply(u: jax.Array, state: State) -> tuple[Columns, State]:
         return kernels.select(u, count.of(u.shape[1]), group, backend=backend), state
 
-    def with_memory(
-        g: jax.Array, memory: jax.Array, decay: float, state: State
-    ) -> tuple[Columns, jax.Array, State]:
+    def with_memory(g: jax.Array, memory: jax.Array, decay: float, state: State) -> tuple[Columns, jax.Array, State]:
         k = count.of(g.shape[1])
         p, new_memory = kernels.select_with_memory(g, memory, decay, k, group, backend=backend)
         return p, new_memory, state

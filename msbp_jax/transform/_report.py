@@ -9,7 +9,6 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from msbp_jax import kernels
 from msbp_jax.formats import Columns
 from msbp_jax.kernels import _choose
 from msbp_jax.transform._sites import Site
@@ -87,6 +86,8 @@ class Report:
         for row in self.sparse:
             if row.warning:
                 console.print(f"{row.name}: {row.warning}", highlight=False)
+        if note := _choose.note():
+            console.print(note, highlight=False)
         return text.getvalue().rstrip()
 
 

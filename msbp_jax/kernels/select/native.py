@@ -1,4 +1,4 @@
-"""`select` in native code: scores, an exact top-k without sorting, and the kept entries, in one pass over the gradient."""
+"""`select` in native code: scores, an exact top-k without sorting, and the kept entries, while a group is in cache."""
 
 from __future__ import annotations
 

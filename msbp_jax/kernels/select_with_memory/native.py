@@ -1,4 +1,4 @@
-"""`select_with_memory` in native code: u = g + m is never stored, and what is left is summed while a row is in cache."""
+"""`select_with_memory` in native code: u = g + m is not stored, and what is left is summed while a row is in cache."""
 
 from __future__ import annotations
 
