@@ -111,3 +111,32 @@ def measure_select(rounds: int, folder: pathlib.Path | None) -> list[dict[str, A
                 table.append(row)
                 print(row, flush=True)
     return table
+
+
+def measure_layout(rounds: int) -> list[dict[str, Any]]:
+    """Return what it costs that Flax stores a weight `[in, out]`, where the features kept are not contiguous rows."""
+    table = []
+    for rows, m, n in SHAPES:
+        x, w = arrays(rows, m, n)
+        k = max(1, round(0.04 * n))
+        for name, group in GROUPS.items():
+            p = jax.jit(functools.partial(kernels.select, k=k, rows_per_group=group))(gradients.gaussian(rows, n))
+            calls: dict[str, Timed] = {}
+            for backend in kernels.backends()["grad_input"]:
+                if backend == "dense" or (backend == "xla" and group == 1):
+                    continue
+                for axis, oriented in ((1, w), (0, w.T.copy())):
+                    dx = jax.jit(functools.partial(kernels.grad_input, feature_axis=axis, backend=backend))
+                    dw = jax.jit(functools.partial(kernels.grad_weight, feature_axis=axis, backend=backend))
+                    calls[f"{backend} dx {axis}"] = timed(dx, p, oriented)
+                    calls[f"{backend} dw {axis}"] = timed(dw, p, x)
+            ms = medians(calls, rounds)
+            row: dict[str, Any] = {"rows x in x out": f"{rows}x{m}x{n}", "r": name}
+            for backend in ("native", "xla"):
+                for product in ("dx", "dw"):
+                    if f"{backend} {product} 1" in ms:
+                        ratio = ms[f"{backend} {product} 1"] / ms[f"{backend} {product} 0"]
+                        row[f"{backend} {product}: [in, out] / [out, in]"] = round(ratio, 2)
+            table.append(row)
+            print(row, flush=True)
+    return table

@@ -1,0 +1,71 @@
+"""Every part of the benchmarks runs, small; what it measures is not looked at here."""
+
+import importlib
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import choice, gradients, layers, models, steps
+from benchmarks.peers import Torch
+
+pytestmark = pytest.mark.caches
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(layers, "SHAPES", ((16, 24, 80),))
+    monkeypatch.setattr(layers, "DENSITIES", (0.1,))
+    monkeypatch.setattr(layers, "GROUPS", {"1": 1, "all": None})
+    monkeypatch.setattr(choice, "SHAPES", ((16, 24, 80),))
+    monkeypatch.setattr(choice, "DENSITIES", (0.1, 0.5))
+    monkeypatch.setattr(choice, "GROUPS", (1, None))
+    x, y = jnp.ones((8, 784)), jnp.zeros(8, jnp.int32)
+    small = [models.Setting("MLP", models.MLP(64, 3), x, y, 4, (64, 3, 8))]
+    monkeypatch.setattr(steps, "settings", lambda: small)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.parametrize("parts", [["layers", "layout"], ["select", "memory"], ["steps"], ["choice"]])
+def test_every_part_but_compiling(parts, tmp_path, monkeypatch, capsys):
+    extra = ["--fit"] if parts == ["choice"] else []
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *parts, "--rounds", "1", "--out", str(tmp_path), *extra])
+    command.main()
+    if extra:
+        assert '"dense": (' in capsys.readouterr().out
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert set(result) == set(parts)
+    assert all(result[part]["rows"] and result[part]["machine"]["jax"] for part in parts)
+    assert (tmp_path / "steps.png").exists() == (parts == ["steps"])
+    assert f"## {parts[0]}" in (tmp_path / "results.md").read_text()
+
+
+def test_an_absent_peer_is_a_reason(tmp_path):
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho no such module >&2\nexit 1\n")
+    broken.chmod(0o755)
+    torch = Torch(str(broken))
+    assert "PyTorch did not start: no such module. Install msbp-jax[bench]." in torch.reason
+    torch.close()
+
+
+def test_settings_and_gradients(monkeypatch):
+    monkeypatch.undo()
+    assert len(models.settings()) == 6
+    g = gradients.recorded(12, 72, steps=1)
+    assert g.shape == (12, 72)
+    assert float(jnp.abs(g).max()) > 0
+
+
+def test_the_worker_is_what_the_peers_run():
+    torch = pytest.importorskip("torch")
+    torch_worker = importlib.import_module("benchmarks.torch_worker")
+    call = torch_worker.layer(8, 6, 20, 0.2, "meProp unified")
+    dx, dw = call()
+    assert dx.shape == (8, 6)
+    assert int((dw.abs().sum(1) > 0).sum()) == 4
+    assert torch.isfinite(dx).all()
