@@ -6,6 +6,7 @@ python -m benchmarks --torch-python PATH   # PyTorch from another interpreter
 
 layers      backward of one layer over shapes, densities and groups: each backend, dense XLA, PyTorch
 select      the selection alone, over the time of reading the gradient once, on three kinds of gradients
+gradients   backward of one layer at density 0.04 on three kinds of gradients
 layout      the products with weights [in, out], as Flax has them, over the same with [out, in]
 steps       whole training steps: networks, optimizers, the bound of Amdahl's law, PyTorch
 memory      what a compiled step holds at its peak
@@ -25,7 +26,7 @@ from typing import Any
 from benchmarks import choice, compile_time, layers, steps, tables
 from benchmarks.peers import Torch
 
-ROUNDS = {"layers": 15, "select": 15, "layout": 15, "steps": 15, "memory": 1, "choice": 9, "compile": 5}
+ROUNDS = {"layers": 9, "select": 15, "gradients": 9, "layout": 11, "steps": 9, "memory": 1, "choice": 7, "compile": 5}
 
 
 def main() -> None:
@@ -43,6 +44,7 @@ def main() -> None:
     measures: dict[str, Callable[[int], list[dict[str, Any]]]] = {
         "layers": lambda rounds: layers.measure_products(rounds, torch),
         "select": lambda rounds: layers.measure_select(rounds, args.data),
+        "gradients": lambda rounds: layers.measure_gradients(rounds, args.data),
         "layout": layers.measure_layout,
         "steps": lambda rounds: steps.measure_steps(rounds, torch),
         "memory": lambda rounds: steps.measure_memory(),

@@ -70,4 +70,11 @@ def recorded(rows: int, n: int, folder: pathlib.Path | None = None, steps: int =
     return jax.jit(jax.grad(loss, argnums=1))(params, zeros, jnp.asarray(train_x[chosen]), jnp.asarray(train_y[chosen]))
 
 
-KINDS = {"Gaussian": gaussian, "heavy-tailed": heavy_tailed, "recorded": recorded}
+KINDS = ("Gaussian", "heavy-tailed", "recorded")
+
+
+def make(kind: str, rows: int, n: int, folder: pathlib.Path | None) -> jax.Array:
+    """Return a gradient of one of `KINDS`."""
+    if kind == "recorded":
+        return recorded(rows, n, folder)
+    return {"Gaussian": gaussian, "heavy-tailed": heavy_tailed}[kind](rows, n)

@@ -85,8 +85,8 @@ def measure_select(rounds: int, folder: pathlib.Path | None) -> list[dict[str, A
     table = []
     backends = kernels.backends()["select"]
     for rows, _, n in SHAPES:
-        for kind, make in gradients.KINDS.items():
-            g = make(rows, n, folder) if kind == "recorded" else make(rows, n)
+        for kind in gradients.KINDS:
+            g = gradients.make(kind, rows, n, folder)
             k, decay = max(1, round(0.04 * n)), 0.8
             memory = jnp.zeros(n)
             calls: dict[str, Timed] = {"sum": timed(jax.jit(lambda g: jnp.abs(g).sum()), g)}
@@ -110,6 +110,26 @@ def measure_select(rounds: int, folder: pathlib.Path | None) -> list[dict[str, A
                             row[f"{backend}{memory_too}/sum"] = round(ms[call] / ms["sum"], 2)
                 table.append(row)
                 print(row, flush=True)
+    return table
+
+
+def measure_gradients(rounds: int, folder: pathlib.Path | None) -> list[dict[str, Any]]:
+    """Return dense over sparse at density 0.04 for each kind of gradient: which columns are kept is not the same."""
+    table = []
+    for rows, m, n in SHAPES:
+        x, w = arrays(rows, m, n)
+        k = max(1, round(0.04 * n))
+        for kind in gradients.KINDS:
+            g = gradients.make(kind, rows, n, folder)
+            calls: dict[str, Timed] = {"dense": timed(jax.jit(dense_backward), x, w, g)}
+            for name, group in GROUPS.items():
+                function = functools.partial(sparse_backward, k=k, group=group, backend=None)
+                calls[name] = timed(jax.jit(function), x, w, g)
+            ms = medians(calls, rounds if rows < 4096 else max(3, rounds // 2))
+            row: dict[str, Any] = {"rows x in x out": f"{rows}x{m}x{n}", "gradient": kind}
+            row["dense_ms"] = round(ms["dense"], 2)
+            table.append(row | {f"dense/sparse r={name}": round(ms["dense"] / ms[name], 2) for name in GROUPS})
+            print(table[-1], flush=True)
     return table
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.core import Tracer as Tracer
 from jax.core import eval_jaxpr as eval_jaxpr
+from jax.experimental.custom_partitioning import custom_partitioning as custom_partitioning
 from jax.extend.core import ClosedJaxpr as ClosedJaxpr
 from jax.extend.core import Jaxpr as Jaxpr
 from jax.extend.core import JaxprEqn as JaxprEqn
@@ -86,10 +87,10 @@ def shape_of(atom: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
 
 
-def varying_alike(arrays: Any) -> tuple[list[Any], Any]:
+def varying_alike(arrays: Any) -> tuple[list[Any], bool, Any]:
     """Return arrays made to vary over the same mesh axes under `shard_map`, as a foreign function wants them.
 
-    The second result makes the types of what it returns: `(shape, dtype) -> ShapeDtypeStruct`.
+    The second result is whether they vary at all; the third makes the types of what it returns: `(shape, dtype) -> ShapeDtypeStruct`.
     """
     axes = [jax.typeof(array).manual_axis_type.varying for array in arrays]
     together = frozenset[Any]().union(*axes)
@@ -105,7 +106,7 @@ def varying_alike(arrays: Any) -> tuple[list[Any], Any]:
         sharding = jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), jax.sharding.PartitionSpec())
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding, manual_axis_type=kind)
 
-    return alike, result
+    return alike, bool(together), result
 
 
 def closed(jaxpr: Any) -> ClosedJaxpr:

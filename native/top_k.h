@@ -28,46 +28,70 @@ struct PackTable {
 constexpr PackTable kPack;
 #endif
 
-// Entries of x[0, n) whose magnitude reaches `threshold` (> 0).
-MSBP_INLINE int64_t count_reaching(const float* x, int64_t n, int32_t threshold) {
+// How many entries of x[0, n) reach `threshold` (> 0), with a bit for each that does, 32 a word, where there is a way to
+// get them at once; pack_reaching then need not look at the others again.
+MSBP_INLINE int64_t count_reaching(const float* x, int64_t n, int32_t threshold, uint32_t* reached) {
+  int64_t total = 0, j = 0;
+#ifdef __AVX2__
+  const __m256i below = _mm256_set1_epi32(threshold - 1), magnitudes = _mm256_set1_epi32(kMagnitude);
+  const auto mask = [&](const float* at) -> uint32_t {
+    const __m256i v = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)), magnitudes);
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(v, below))));
+  };
+  for (; j + 32 <= n; j += 32) {
+    const uint32_t word = mask(x + j) | mask(x + j + 8) << 8 | mask(x + j + 16) << 16 | mask(x + j + 24) << 24;
+    reached[j / 32] = word;
+    total += __builtin_popcount(word);
+  }
+  if (j < n) {
+    uint32_t word = 0;
+    for (int64_t i = j; i < n; ++i) word |= static_cast<uint32_t>(magnitude_bits(x[i]) >= threshold) << (i - j);
+    reached[j / 32] = word;
+    total += __builtin_popcount(word);
+  }
+#else
+  (void)reached;
   const Ints below = broadcast(threshold - 1);
-  Ints a{}, b{}, c{}, d{};
-  int64_t j = 0;
-  for (; j + 4 * VL <= n; j += 4 * VL) {
+  Ints a{}, b{};
+  for (; j + 2 * VL <= n; j += 2 * VL) {
     a -= ((Ints)load(x + j) & kMagnitude) > below;
     b -= ((Ints)load(x + j + VL) & kMagnitude) > below;
-    c -= ((Ints)load(x + j + 2 * VL) & kMagnitude) > below;
-    d -= ((Ints)load(x + j + 3 * VL) & kMagnitude) > below;
   }
-  for (; j + VL <= n; j += VL) a -= ((Ints)load(x + j) & kMagnitude) > below;
-  int64_t total = sum((a + b) + (c + d));
+  total = sum(a + b);
   for (; j < n; ++j) total += magnitude_bits(x[j]) >= threshold;
+#endif
   return total;
 }
 
 // Pack the magnitudes (as bits) that reach `threshold`, and where they stand; both need 16 places more than there are.
-MSBP_INLINE int64_t pack_reaching(const float* x, int64_t n, int32_t threshold, int32_t* bits, int32_t* where) {
-  int64_t found = 0, j = 0;
+MSBP_INLINE int64_t pack_reaching(const float* x, int64_t n, int32_t threshold, const uint32_t* reached, int32_t* bits,
+                                  int32_t* where) {
+  int64_t found = 0;
 #ifdef __AVX2__
-  const __m256i below = _mm256_set1_epi32(threshold - 1), magnitudes = _mm256_set1_epi32(kMagnitude);
-  __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m256i eight = _mm256_set1_epi32(8);
-  for (; j + 8 <= n; j += 8) {
-    const __m256i v = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + j)), magnitudes);
-    const int mask = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(v, below)));
-    const __m256i lanes = _mm256_load_si256(reinterpret_cast<const __m256i*>(kPack.lanes[mask]));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(bits + found), _mm256_permutevar8x32_epi32(v, lanes));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(where + found), _mm256_permutevar8x32_epi32(places, lanes));
-    found += __builtin_popcount(mask);
-    places = _mm256_add_epi32(places, eight);
+  (void)threshold;
+  for (int64_t first = 0; first < n; first += 32) {
+    uint32_t word = reached[first / 32];
+    const int64_t end = found + __builtin_popcount(word);
+    // Most words have few bits: write four without asking, and let the next word overwrite those that were not there.
+    do {
+      for (int q = 0; q < 4; ++q) {
+        where[found + q] = static_cast<int32_t>(first + _tzcnt_u32(word));
+        word &= word - 1;
+      }
+      found += 4;
+    } while (word);
+    found = end;
   }
-#endif
-  for (; j < n; ++j) {
+  for (int64_t c = 0; c < found; ++c) bits[c] = magnitude_bits(x[where[c]]);
+#else
+  (void)reached;
+  for (int64_t j = 0; j < n; ++j) {
     const int32_t v = magnitude_bits(x[j]);
     bits[found] = v;
     where[found] = static_cast<int32_t>(j);
     found += v >= threshold;
   }
+#endif
   return found;
 }
 
@@ -123,13 +147,15 @@ struct Guess {
 };
 
 // Write the columns of the k largest magnitudes of x[0, n) to `index`, ascending. `mean` is a hint. `bits` and `where`
-// have n + 16 places.
+// have n + 16 places; the marks of count_reaching lie in `bits` until it is filled.
 inline void top_k(const float* x, int64_t n, int64_t k, float mean, Guess& guess, int32_t* bits, int32_t* where,
                   int32_t* index) {
   if (k >= n) {
     for (int64_t j = 0; j < n; ++j) index[j] = static_cast<int32_t>(j);
     return;
   }
+  uint32_t* marks = reinterpret_cast<uint32_t*>(bits);
+  uint32_t* marks_of_low = marks + (n + 31) / 32;
   const int64_t enough = k + k / 2 + 16;
   int64_t low = 0, high = int64_t{kMagnitude} + 1;  // counts: low >= k, high < k
   int64_t reach_low = n;
@@ -137,9 +163,11 @@ inline void top_k(const float* x, int64_t n, int64_t k, float mean, Guess& guess
   int64_t threshold = first < kExponent ? first : 0x3f800000;
   for (int64_t step = int64_t{1} << 20; reach_low > enough && high - low > 1; step = least(4 * step, kMagnitude)) {
     if (threshold <= low || threshold >= high) threshold = low + (high - low) / 2;
-    const int64_t reach = count_reaching(x, n, static_cast<int32_t>(threshold));
+    const int64_t reach = count_reaching(x, n, static_cast<int32_t>(threshold), marks);
     if (reach >= k) {
       low = threshold, reach_low = reach;
+      uint32_t* const accepted = marks;
+      marks = marks_of_low, marks_of_low = accepted;
       threshold += step;
     } else {
       high = threshold;
@@ -150,7 +178,7 @@ inline void top_k(const float* x, int64_t n, int64_t k, float mean, Guess& guess
   // low may be 0, which every entry reaches; counting needs a threshold of at least 1.
   int64_t found;
   if (low > 0) {
-    found = pack_reaching(x, n, static_cast<int32_t>(low), bits, where);
+    found = pack_reaching(x, n, static_cast<int32_t>(low), marks_of_low, bits, where);
   } else {
     found = n;
     for (int64_t j = 0; j < n; ++j) bits[j] = magnitude_bits(x[j]), where[j] = static_cast<int32_t>(j);

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msbp_jax import _compat
+from msbp_jax.kernels import _partition
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
@@ -66,6 +67,7 @@ def call(
     operands: Sequence[jax.Array],
     results: Sequence[tuple[tuple[int, ...], Any]],
     instruction_set: int = 0,
+    split: tuple[str, int, int] | None = None,
     **attributes: Any,
 ) -> list[jax.Array]:
     """Call a kernel.
@@ -75,14 +77,22 @@ def call(
       operands: Its arrays.
       results: Shape and dtype of each array that it returns.
       instruction_set: Place in `instruction_sets()`; anything but 0 is for tests.
+      split: How the call may be split over devices: key of `SPLITS`, rows, and rows that share a choice.
       **attributes: Its numbers; an int is passed as int64, a float as float32.
     """
     _register()
     numbers = {key: _number(value) for key, value in attributes.items()}
-    alike, result = _compat.varying_alike(operands)
-    types = [result(shape, dtype) for shape, dtype in results]
-    function = jax.ffi.ffi_call(f"msbp_{name}", types, vmap_method="expand_dims")
-    return list(function(*alike, instruction_set=np.int64(instruction_set), **numbers))
+    alike, varies, result = _compat.varying_alike(operands)
+
+    def call_for(shapes: Sequence[tuple[tuple[int, ...], Any]]) -> _partition.Call:
+        types = [result(shape, dtype) for shape, dtype in shapes]
+        function = jax.ffi.ffi_call(f"msbp_{name}", types, vmap_method="expand_dims")
+        return lambda *arrays: tuple(function(*arrays, instruction_set=np.int64(instruction_set), **numbers))
+
+    if split is None or varies or jax.device_count() == 1:
+        return list(call_for(results)(*alike))
+    key, rows, group = split
+    return list(_partition.partitioned(_partition.SPLITS[key], rows, group, results, call_for)(*alike))
 
 
 def _number(value: Any) -> Any:

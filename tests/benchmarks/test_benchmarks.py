@@ -30,7 +30,7 @@ def _small(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("parts", [["layers", "layout"], ["select", "memory"], ["steps"], ["choice"]])
+@pytest.mark.parametrize("parts", [["layers", "layout"], ["select", "gradients", "memory"], ["steps"], ["choice"]])
 def test_every_part_but_compiling(parts, tmp_path, monkeypatch, capsys):
     extra = ["--fit"] if parts == ["choice"] else []
     monkeypatch.setattr(sys, "argv", ["benchmarks", *parts, "--rounds", "1", "--out", str(tmp_path), *extra])

@@ -122,7 +122,35 @@ def test_shard_map_communicates_nothing():
     np.testing.assert_allclose(dw.sum(0), want_dw, rtol=1e-4, atol=1e-4)
     text = mapped.lower(*arguments).compile().as_text()
     assert "msbp_grad_weight" in text
-    assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
+    assert not any(word in text for word in COLLECTIVES)
+
+
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+
+
+@native
+@pytest.mark.parametrize("group", [1, 4, 8, 16, 5, None])
+@pytest.mark.parametrize("by_slot", [False, True])
+def test_rows_sharded_under_jit_stay_where_they_are(group, by_slot):
+    """Where groups go evenly into the devices, dw and the memory are summed over them, and nothing is gathered."""
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    u, x, w = random_gradient(0, 64, 80), random_gradient(1, 64, 20), random_gradient(2, 20, 80)
+    memory = random_gradient(3, 64, 80) if by_slot else random_gradient(3, 1, 80)[0]
+    rows, whole = PartitionSpec("rows"), PartitionSpec()
+
+    @jax.jit
+    def step(u, x, w, memory):
+        p, after = kernels.select_with_memory(u, memory, 0.5, 7, group, backend="native")
+        dx, dw = kernels.grad_input(p, w, 1, backend="native"), kernels.grad_weight(p, x, 1, backend="native")
+        return dx, dw, after, kernels.select(u, 7, group, backend="native").values
+
+    placed = (u, rows), (x, rows), (w, whole), (memory, rows if by_slot else whole)
+    spread = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in placed]
+    for got, want in zip(step(*spread), step(u, x, w, memory), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+    text = step.lower(*spread).compile().as_text()
+    found = {word for word in COLLECTIVES if word in text}
+    assert found == ({"all-reduce"} if group in (1, 4, 8) else {"all-gather"})
 
 
 HASH = """

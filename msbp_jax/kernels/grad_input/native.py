@@ -23,4 +23,5 @@ def grad_input(
     _native_calls.check(cotangent.values, weight)
     results = [((cotangent.shape[0], weight.shape[1 - feature_axis]), jnp.float32)]
     operands = [cotangent.values, cotangent.index, weight]
-    return _native_calls.call("grad_input", operands, results, features_last=feature_axis == 1)[0]
+    split = ("grad_input", cotangent.shape[0], cotangent.rows_per_group)
+    return _native_calls.call("grad_input", operands, results, split=split, features_last=feature_axis == 1)[0]

@@ -23,4 +23,5 @@ def grad_weight(
     m, n = inputs.shape[1], cotangent.shape[1]
     results = [((m, n) if feature_axis == 1 else (n, m), jnp.float32)]
     operands = [cotangent.values, cotangent.index, inputs]
-    return _native_calls.call("grad_weight", operands, results, features_last=feature_axis == 1)[0]
+    split = ("grad_weight", cotangent.shape[0], cotangent.rows_per_group)
+    return _native_calls.call("grad_weight", operands, results, split=split, features_last=feature_axis == 1)[0]

@@ -16,5 +16,6 @@ def select(cotangent: Float[Array, "rows n"], k: int, rows_per_group: int | None
     r = min(rows_per_group or rows, rows)
     groups = -(-rows // r)
     results = [((groups, r, k), cotangent.dtype), ((groups, k), jnp.int32)]
-    values, index = _native_calls.call("select", [cotangent], results, k=k, rows_per_group=r)
+    split = ("select", rows, r)
+    values, index = _native_calls.call("select", [cotangent], results, split=split, k=k, rows_per_group=r)
     return Columns(values, index, (rows, n))

@@ -22,6 +22,7 @@ def select_with_memory(
         "select_with_memory",
         [cotangent, memory.astype(jnp.float32)],
         results,
+        split=("select_with_memory by slot" if memory.ndim == 2 else "select_with_memory", rows, r),
         k=k,
         rows_per_group=r,
         decay=float(decay),

@@ -1,0 +1,54 @@
+"""The C++ itself, without Python: fuzzed under sanitizers, and compiled without anything that only x86 has."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+NATIVE = pathlib.Path(__file__).parents[2] / "native"
+SOURCES = [str(NATIVE / name) for name in ("fuzz.cpp", "scratch.cpp", "kernels.cpp")]
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Wno-psabi", "-Werror", "-pthread"]
+
+
+def run(*command):
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_fuzzed_under_sanitizers(tmp_path):
+    program = str(tmp_path / "fuzz")
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() {}\n")
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    if subprocess.run([COMPILER, *sanitize, str(probe), "-o", program], check=False, capture_output=True).returncode:
+        pytest.skip(f"{COMPILER} has no sanitizers here")
+    run(COMPILER, *FLAGS, "-O1", "-g", *sanitize, *SOURCES, "-o", program)
+    assert "0 failures" in run(program, "60")
+
+
+def test_compiles_for_another_processor(tmp_path):
+    cross = shutil.which("aarch64-linux-gnu-g++")
+    if cross is None:
+        pytest.skip("no compiler for aarch64 (Debian: g++-aarch64-linux-gnu)")
+    program = str(tmp_path / "fuzz")
+    run(cross, *FLAGS, "-O2", "-static", *SOURCES, "-o", program)
+    emulator = shutil.which("qemu-aarch64")
+    if emulator:
+        assert "0 failures" in run(emulator, program, "30")
+
+
+def test_intrinsics_are_fenced():
+    """What only x86 has stands between #ifdef __AVX2__ and #endif."""
+    for file in NATIVE.glob("*.[hc]*"):
+        depth = 0
+        for line in file.read_text().splitlines():
+            if line.startswith(("#ifdef __AVX2__", "#ifdef MSBP_X86")):
+                depth += 1
+            elif line.startswith("#endif"):
+                depth = max(0, depth - 1)
+            assert depth or "_mm" not in line, f"{file.name}: {line}"
