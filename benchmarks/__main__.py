@@ -5,6 +5,7 @@ python -m benchmarks steps layers          # some of it; what was measured befor
 python -m benchmarks --torch-python PATH   # PyTorch from another interpreter
 
 layers      backward of one layer over shapes, densities and groups: each backend, dense XLA, PyTorch
+targets     backward of one layer, only dense and what is chosen, at the settings the project set itself
 select      the selection alone, over the time of reading the gradient once, on three kinds of gradients
 gradients   backward of one layer at density 0.04 on three kinds of gradients
 layout      the products with weights [in, out], as Flax has them, over the same with [out, in]
@@ -26,7 +27,17 @@ from typing import Any
 from benchmarks import choice, compile_time, layers, steps, tables
 from benchmarks.peers import Torch
 
-ROUNDS = {"layers": 9, "select": 15, "gradients": 9, "layout": 11, "steps": 9, "memory": 1, "choice": 7, "compile": 5}
+ROUNDS = {
+    "layers": 7,
+    "targets": 21,
+    "select": 11,
+    "gradients": 5,
+    "layout": 7,
+    "steps": 7,
+    "memory": 1,
+    "choice": 7,
+    "compile": 5,
+}
 
 
 def main() -> None:
@@ -37,12 +48,14 @@ def main() -> None:
     parser.add_argument("--data", type=pathlib.Path, help="folder with MNIST, to record gradients from")
     parser.add_argument("--rounds", type=int, help="calls of each candidate that count")
     parser.add_argument("--torch-python", help="interpreter that has PyTorch; this one by default")
+    parser.add_argument("--suffix", default="", help="added to the names of the parts in the results")
     parser.add_argument("--fit", action="store_true", help="print coefficients of the cost model, fitted to `choice`")
     args = parser.parse_args()
     torch = Torch(args.torch_python)
     print(torch.reason or f"PyTorch {torch.version}", flush=True)
     measures: dict[str, Callable[[int], list[dict[str, Any]]]] = {
         "layers": lambda rounds: layers.measure_products(rounds, torch),
+        "targets": layers.measure_targets,
         "select": lambda rounds: layers.measure_select(rounds, args.data),
         "gradients": lambda rounds: layers.measure_gradients(rounds, args.data),
         "layout": layers.measure_layout,
@@ -55,7 +68,7 @@ def main() -> None:
         print(f"\n## {part}", flush=True)
         rows = measures[part](args.rounds or ROUNDS[part])
         when = {"date": datetime.date.today().isoformat(), "machine": tables.machine(torch.version or torch.reason)}
-        tables.write(args.out, {part: {**when, "rows": rows}})
+        tables.write(args.out, {part + args.suffix: {**when, "rows": rows}})
         print("\n" + tables.markdown(rows), flush=True)
     torch.close()
     if args.fit:

@@ -80,6 +80,27 @@ def measure_products(rounds: int, torch: Torch) -> list[dict[str, Any]]:
     return table
 
 
+def measure_targets(rounds: int) -> list[dict[str, Any]]:
+    """Return dense over sparse as it is chosen, with nothing else in the run.
+
+    Large detours leave the allocator and the caches in a state that small calls then pay for.
+    """
+    table = []
+    for rows, m, n in ((1024, 1024, 1024), (2048, 2048, 2048)):
+        x, w = arrays(rows, m, n)
+        g = gradients.gaussian(rows, n)
+        settings = {"r=1, 1 %": (0.01, 1), "r=1, 4 %": (0.04, 1), "r=128, 4 %": (0.04, 128), "all, 4 %": (0.04, None)}
+        calls: dict[str, Timed] = {"dense": timed(jax.jit(dense_backward), x, w, g)}
+        for name, (density, group) in settings.items():
+            function = functools.partial(sparse_backward, k=max(1, round(density * n)), group=group, backend=None)
+            calls[name] = timed(jax.jit(function), x, w, g)
+        ms = medians(calls, rounds)
+        row: dict[str, Any] = {"rows x in x out": f"{rows}x{m}x{n}", "dense_ms": round(ms["dense"], 2)}
+        table.append(row | {f"dense/sparse {name}": round(ms["dense"] / ms[name], 2) for name in settings})
+        print(table[-1], flush=True)
+    return table
+
+
 def measure_select(rounds: int, folder: pathlib.Path | None) -> list[dict[str, Any]]:
     """Return the time of select over that of `sum(abs(g))` in XLA, for each kind of gradient."""
     table = []

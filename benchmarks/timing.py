@@ -1,7 +1,7 @@
 """Interleaved timing: every candidate in every round, so that a drift of the machine hits all of them alike.
 
-A candidate is called twice in a round and the second call counts: what ran before it, and how it left the caches and the
-allocator, is then no part of the figure, as it is not in a training loop.
+A candidate is called twice in a round and the second call counts: what ran before it, and how it left the caches and
+the allocator, is then no part of the figure, as it is not in a training loop.
 """
 
 from __future__ import annotations

@@ -90,7 +90,8 @@ def shape_of(atom: Any) -> jax.ShapeDtypeStruct:
 def varying_alike(arrays: Any) -> tuple[list[Any], bool, Any]:
     """Return arrays made to vary over the same mesh axes under `shard_map`, as a foreign function wants them.
 
-    The second result is whether they vary at all; the third makes the types of what it returns: `(shape, dtype) -> ShapeDtypeStruct`.
+    The second result is whether they vary at all; the third makes the types of what it returns:
+    `(shape, dtype) -> ShapeDtypeStruct`.
     """
     axes = [jax.typeof(array).manual_axis_type.varying for array in arrays]
     together = frozenset[Any]().union(*axes)

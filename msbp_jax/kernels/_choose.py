@@ -2,7 +2,7 @@
 
 The times are a linear model in the work that each path does, for two cores; `python -m benchmarks choice` measures the
 paths on a grid of shapes, fits the coefficients below, and writes the file that a test holds them against: whatever is
-chosen took at most 15 % longer than the best. More cores make every path faster alike, so that the order holds.
+chosen took at most 15 % longer than the best (or 60 microseconds, the cost of two calls). More cores make every path faster alike, so that the order holds.
 
 On other platforms the order is fixed until something is measured there.
 """
@@ -16,12 +16,12 @@ from msbp_jax.kernels import _native_calls
 
 # Seconds for a call, and for each unit of the work in `_work`, in its order.
 COEFFICIENTS: dict[str, tuple[float, ...]] = {
-    "native, lists": (4.09e-05, 5.93e-11, 1.16e-08, 6.68e-10),
-    "native, groups": (4.0e-05, 2.82e-11, 1.45e-10, 5.89e-10),
-    "xla": (1.37e-04, 3.07e-11, 2.11e-09, 7.16e-10),
-    "dense": (1.11e-04, 2.63e-11, 1.3e-09, 1.53e-09, 9.83e-10),
-    "plain": (1.1e-04, 3.2e-11, 8.1e-10),
-    "select, native": (6.72e-05, 4.3e-10, 6.41e-10, 5.07e-10),
+    "native, lists": (2.8e-05, 5.48e-11, 8.51e-09, 5.08e-10),
+    "native, groups": (3.03e-05, 2.62e-11, 2.08e-10, 5.08e-10),
+    "xla": (8.78e-05, 2.79e-11, 2.03e-09, 8.14e-10),
+    "dense": (9.65e-05, 2.22e-11, 3.16e-10, 1.61e-09, 1.46e-09),
+    "plain": (6.65e-05, 2.91e-11, 1.29e-09),
+    "select, native": (3.44e-05, 1.78e-10, 4.29e-10, 6.38e-10),
     "select, xla": (5.0e-05, 6.0e-10, 1.0e-8, 6.0e-9),
 }
 

@@ -2,7 +2,7 @@
 
 XLA cannot look into a foreign call and would gather its operands. Told that the rows of the gradient, the groups of the
 compact cotangent and the rows of x are one axis, it leaves them where they are: the selection and dx need nothing from
-other devices, dw is summed over them as in a dense backward, and the memory of all rows is the mean of the devices' own.
+other devices, dw is summed over them as in a dense backward, and the memory of all rows is the mean of the devices'.
 """
 
 from __future__ import annotations
