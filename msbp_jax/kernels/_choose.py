@@ -2,7 +2,8 @@
 
 The times are a linear model in the work that each path does, for two cores; `python -m benchmarks choice` measures the
 paths on a grid of shapes, fits the coefficients below, and writes the file that a test holds them against: whatever is
-chosen took at most 15 % longer than the best (or 60 microseconds, the cost of two calls). More cores make every path faster alike, so that the order holds.
+chosen took at most 15 % longer than the best (or 60 microseconds, the cost of two calls). More cores make every path
+faster alike, so that the order holds.
 
 On other platforms the order is fixed until something is measured there.
 """
