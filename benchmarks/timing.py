@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from msbp_jax.demo import timing
+
 type Timed = Callable[[], float]  # makes one call and returns its seconds
 
 
@@ -35,16 +37,7 @@ def training(step: Callable[..., Any], state: Any, *batch: Any) -> Timed:
       state: Where it starts; copied.
       *batch: The same for every step.
     """
-    compiled = jax.jit(step, donate_argnums=0)
-    carried = [jax.tree.map(jax.numpy.copy, state)]
-
-    def call() -> float:
-        start = time.perf_counter()
-        carried[0], value = compiled(carried[0], *batch)
-        jax.block_until_ready((carried[0], value))
-        return time.perf_counter() - start
-
-    return call
+    return timed(timing.training(step, state, *batch))
 
 
 def medians(calls: Mapping[str, Timed], rounds: int, warm_up: int = 2) -> dict[str, float]:

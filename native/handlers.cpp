@@ -182,8 +182,6 @@ ffi::Error select_with_memory(ffi::ThreadPool threads, ffi::AnyBuffer g, ffi::An
                 Operand("index", *index, 2), &result, k, r, decay, by_slot, instruction_set);
 }
 
-using Kernel = void (*Kernels::*)(const Product&, Pool&);
-
 ffi::Error multiply(ffi::ThreadPool threads, ffi::AnyBuffer values_, ffi::AnyBuffer index_, ffi::AnyBuffer other_,
                     ffi::Result<ffi::AnyBuffer> out_, bool features_last, int64_t instruction_set, bool weight) {
   const Operand values("values", values_, 3), index("index", index_, 2), other(weight ? "inputs" : "weight", other_, 2),
@@ -272,25 +270,20 @@ XLA_FFI_DEFINE_HANDLER(select_with_memory_handler, select_with_memory,
                            .Attr<bool>("by_slot")
                            .Attr<int64_t>("instruction_set"));
 
-XLA_FFI_DEFINE_HANDLER(grad_input_handler, grad_input,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>()
-                           .Attr<bool>("features_last")
-                           .Attr<int64_t>("instruction_set"));
+auto product_binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Ret<ffi::AnyBuffer>()
+      .Attr<bool>("features_last")
+      .Attr<int64_t>("instruction_set");
+}
 
-XLA_FFI_DEFINE_HANDLER(grad_weight_handler, grad_weight,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>()
-                           .Attr<bool>("features_last")
-                           .Attr<int64_t>("instruction_set"));
+XLA_FFI_DEFINE_HANDLER(grad_input_handler, grad_input, product_binding());
+
+XLA_FFI_DEFINE_HANDLER(grad_weight_handler, grad_weight, product_binding());
 
 }  // namespace
 

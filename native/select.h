@@ -13,10 +13,8 @@ namespace {
 constexpr int64_t kMemoryBlocks = 32;  // partial sums of the memory, added up in their order
 constexpr int64_t kSplitRows = 64;     // a few large groups are summed in blocks of this many rows
 
-MSBP_INLINE Floats at(const float* g, const float* memory, int64_t j) {
-  return memory ? load(g + j) + load(memory + j) : load(g + j);
-}
-MSBP_INLINE Floats at(const uint16_t* g, const float* memory, int64_t j) {
+template <typename T>
+MSBP_INLINE Floats at(const T* g, const float* memory, int64_t j) {
   return memory ? load(g + j) + load(memory + j) : load(g + j);
 }
 

@@ -40,30 +40,22 @@ MSBP_INLINE void transpose_block(const float* in, int64_t in_stride, float* out,
 }
 
 // out[j][i] = in[i][j], `height` rows of `width`.
-MSBP_INLINE void transpose(const float* in, int64_t in_stride, int64_t height, int64_t width, float* out,
+template <typename T>
+MSBP_INLINE void transpose(const T* in, int64_t in_stride, int64_t height, int64_t width, float* out,
                            int64_t out_stride) {
-  int64_t i = 0;
-  for (; i + 8 <= height; i += 8) {
-    int64_t j = 0;
-    for (; j + 8 <= width; j += 8)
-      transpose_block(in + i * in_stride + j, in_stride, out + j * out_stride + i, out_stride);
-    for (; j < width; ++j)
-      for (int64_t q = i; q < i + 8; ++q) out[j * out_stride + q] = in[q * in_stride + j];
-  }
-  for (; i < height; ++i)
-    for (int64_t j = 0; j < width; ++j) out[j * out_stride + i] = in[i * in_stride + j];
-}
-
-MSBP_INLINE void transpose(const uint16_t* in, int64_t in_stride, int64_t height, int64_t width, float* out,
-                           int64_t out_stride) {
-  float block[64];
   int64_t i = 0;
   for (; i + 8 <= height; i += 8) {
     int64_t j = 0;
     for (; j + 8 <= width; j += 8) {
-      for (int q = 0; q < 8; ++q)
-        for (int p = 0; p < 8; ++p) block[q * 8 + p] = widen(in[(i + q) * in_stride + j + p]);
-      transpose_block(block, 8, out + j * out_stride + i, out_stride);
+      const T* corner = in + i * in_stride + j;
+      if constexpr (sizeof(T) == sizeof(float)) {
+        transpose_block(corner, in_stride, out + j * out_stride + i, out_stride);
+      } else {
+        float block[64];
+        for (int q = 0; q < 8; ++q)
+          for (int p = 0; p < 8; ++p) block[q * 8 + p] = widen(corner[q * in_stride + p]);
+        transpose_block(block, 8, out + j * out_stride + i, out_stride);
+      }
     }
     for (; j < width; ++j)
       for (int64_t q = i; q < i + 8; ++q) out[j * out_stride + q] = widen(in[q * in_stride + j]);

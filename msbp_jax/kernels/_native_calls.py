@@ -24,7 +24,7 @@ DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 @functools.cache
 def _extension() -> Any:
-    """Return the compiled module, or None with the reason in `why_not`."""
+    """Return the compiled module, or None where there is none."""
     try:
         return importlib.import_module("msbp_jax.kernels._native")
     except ImportError:
