@@ -24,7 +24,6 @@ from jax.extend.core.primitives import closed_call_p as closed_call_p
 from jax.extend.core.primitives import cond_p as cond_p
 from jax.extend.core.primitives import custom_jvp_call_p as custom_jvp_call_p
 from jax.extend.core.primitives import custom_vjp_call_p as custom_vjp_call_p
-from jax.extend.core.primitives import dot_general_p as dot_general_p
 from jax.extend.core.primitives import dynamic_slice_p as dynamic_slice_p
 from jax.extend.core.primitives import gather_p as gather_p
 from jax.extend.core.primitives import jit_p as jit_p
@@ -108,6 +107,42 @@ def varying_alike(arrays: Any) -> tuple[list[Any], bool, Any]:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding, manual_axis_type=kind)
 
     return alike, bool(together), result
+
+
+def varying_everywhere(array: Any) -> Any:
+    """Return an array as one that varies over all mesh axes of the `shard_map` around, if there is one."""
+    own = jax.typeof(array).manual_axis_type.varying
+    missing = tuple(axis for axis in jax.sharding.get_abstract_mesh().manual_axes if axis not in own)
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+
+def new_mesh_axes(params: dict[str, Any]) -> dict[str, int]:
+    """Return the axes of the devices that a `shard_map` equation runs over, with their sizes, in the mesh's order."""
+    mesh, new = params["mesh"], params["newly_manual_axes"]
+    return {axis: mesh.shape[axis] for axis in mesh.axis_names if axis in new}
+
+
+def axes_of_spec(spec: Any) -> frozenset[str]:
+    """Return the mesh axes that a PartitionSpec names."""
+    parts = [part if isinstance(part, tuple) else (part,) for part in spec if part is not None]
+    return frozenset(axis for part in parts for axis in part if isinstance(axis, str))
+
+
+def axes_of_collective(params: dict[str, Any]) -> Any:
+    """Return the name or names of the mesh axes that a collective's equation works on."""
+    return params.get("axes", params.get("axis_name", ()))
+
+
+def shard_map_like(params: dict[str, Any], body: Any, in_specs: Any) -> Any:
+    """Return `body` mapped over devices as a `shard_map` equation has it, with other specifications of arguments."""
+    return jax.shard_map(
+        body,
+        mesh=params["mesh"],
+        in_specs=in_specs,
+        out_specs=list(params["out_specs"]),
+        axis_names=set(params["newly_manual_axes"]),
+        check_vma=params["check_vma"],
+    )
 
 
 def closed(jaxpr: Any) -> ClosedJaxpr:

@@ -3,8 +3,12 @@
 from msbp_jax.rules._dims import Contraction as Contraction
 from msbp_jax.rules._dims import Side as Side
 from msbp_jax.rules._dims import contraction as contraction
-from msbp_jax.rules._dot_general import Rule as Rule
-from msbp_jax.rules._dot_general import sparse_dot_general as sparse_dot_general
+from msbp_jax.rules._operation import Dims as Dims
+from msbp_jax.rules._operation import Operation as Operation
+from msbp_jax.rules._operations import CONTRACTIONS as CONTRACTIONS
+from msbp_jax.rules._operations import operation_of as operation_of
+from msbp_jax.rules._rule import Rule as Rule
+from msbp_jax.rules._rule import sparse_contraction as sparse_contraction
 from msbp_jax.rules._state import LogKey as LogKey
 from msbp_jax.rules._state import SiteLog as SiteLog
 from msbp_jax.rules._state import Tracker as Tracker

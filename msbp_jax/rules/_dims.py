@@ -37,6 +37,7 @@ class Contraction:
       w_shape: Shape of w as the program has it.
       batch_shape: Sizes of the batch axes.
       rows: Product of x's free axes.
+      examples: Size of the first of them.
       m: Product of the contracted axes.
       n: Product of w's free axes.
     """
@@ -49,6 +50,7 @@ class Contraction:
     w_shape: tuple[int, ...]
     batch_shape: tuple[int, ...]
     rows: int
+    examples: int
     m: int
     n: int
 
@@ -122,6 +124,7 @@ def contraction(
         w_shape=w_shape,
         batch_shape=tuple(w_shape[axis] for axis in w_batch),
         rows=math.prod(x_shape[axis] for axis in x_free),
+        examples=x_shape[x_free[0]] if x_free else 1,
         m=math.prod(w_shape[axis] for axis in w_contracted),
         n=math.prod(w_shape[axis] for axis in w_free),
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -19,19 +20,22 @@ import jax.numpy as jnp
 from msbp_jax import _compat
 from msbp_jax.sparsifiers._base import State
 
+type Mesh = tuple[tuple[int, int], ...]
+
 
 class LogKey(str):
     """Name of one use's log, a string since JAX sorts keys; the text holds all that is needed to read the log."""
 
-    __slots__ = ("axes", "leaves", "ranks")
+    __slots__ = ("axes", "leaves", "mesh", "ranks")
     leaves: tuple[int, ...]  # which leaves of the memory the logged ones replace
     ranks: tuple[int, ...]  # rank of each logged leaf at the site itself
-    axes: str  # one letter for each enclosing scan, outermost first: "i" an instance each, "s" a step each
+    axes: str  # one letter for each loop around it, outermost first: "i" an instance each, "s" a step each
+    mesh: Mesh  # which of the loops are axes of the devices of a shard_map, with their sizes
 
-    def __new__(cls, use: int, leaves: tuple[int, ...], ranks: tuple[int, ...], axes: str) -> LogKey:
+    def __new__(cls, use: int, leaves: tuple[int, ...], ranks: tuple[int, ...], axes: str, mesh: Mesh) -> LogKey:
         """Make the key of use number `use`."""
-        key = super().__new__(cls, f"msbp_jax/{use:08d}/{leaves}/{ranks}/{axes}")
-        key.leaves, key.ranks, key.axes = leaves, ranks, axes
+        key = super().__new__(cls, f"msbp_jax/{use:08d}/{leaves}/{ranks}/{axes}/{mesh}")
+        key.leaves, key.ranks, key.axes, key.mesh = leaves, ranks, axes, mesh
         return key
 
 
@@ -81,9 +85,9 @@ class Tracker:
 
         return jax.tree.map(marked, memory, is_leaf=_is_empty)
 
-    def key(self, site: str, leaves: tuple[int, ...], ranks: tuple[int, ...], axes: str) -> LogKey:
+    def key(self, site: str, leaves: tuple[int, ...], ranks: tuple[int, ...], axes: str, mesh: Mesh = ()) -> LogKey:
         """Return a key for one more use of the leaves, by the site of that name."""
-        key = LogKey(next(self._uses), leaves, ranks, axes)
+        key = LogKey(next(self._uses), leaves, ranks, axes, mesh)
         self.sites[key] = site
         return key
 
@@ -103,7 +107,8 @@ class Tracker:
 def _collected(old: jax.Array, uses: list[tuple[LogKey, int, Any]], averages: bool) -> jax.Array:
     """Return the new value of a leaf from everything that was logged for it."""
     key, position, log = uses[0]
-    if len(uses) == 1 and isinstance(log, SiteLog) and log.state[position].shape == old.shape and "i" not in key.axes:
+    plain = len(uses) == 1 and isinstance(log, SiteLog) and not key.mesh and "i" not in key.axes
+    if plain and log.state[position].shape == old.shape:
         return log.state[position]  # one use that always runs: nothing to be averaged or chosen
     totals = [_total(log, position, old, key, averages) for key, position, log in uses]
     return _merged(old, totals, averages)
@@ -184,7 +189,8 @@ def _total(log: Any, position: int, old: jax.Array, key: LogKey, averages: bool)
     """Take the axes out of a log that its leaf does not have: time steps, and vmaps around the whole model."""
     totals = []
     for site_log, ran in branches_of(log):
-        new = site_log.state[position]
+        new = _by_device(site_log.state[position], key, key.ranks[position])
+        ran = _by_device(ran, key, 0) if ran.ndim else ran
         scans, own, instances = len(key.axes), key.ranks[position], key.axes.count("i")
         mapped = old.shape[: old.ndim - own - instances]
         letters = key.axes + _letters(new.shape[scans : new.ndim - own], mapped)
@@ -195,6 +201,17 @@ def _total(log: Any, position: int, old: jax.Array, key: LogKey, averages: bool)
             _Total(*(jnp.moveaxis(part, range(instances), _behind(len(mapped), instances)) for part in total))
         )
     return _added(totals, averages)
+
+
+def _by_device(log: jax.Array, key: LogKey, own: int) -> jax.Array:
+    """Give the devices of a `shard_map`, whose logs come strung together on one axis, an axis for each of theirs."""
+    if not key.mesh:
+        return log
+    at, sizes = key.mesh[0][0], [size for _, size in key.mesh]
+    each = log.shape[at] // math.prod(sizes)
+    inner = len(key.axes) - at - len(sizes)  # scans within the shard_map
+    alone = own + inner == 0 and each == 1  # a device logged a scalar
+    return log.reshape((*log.shape[:at], *sizes, *(() if alone else (each,)), *log.shape[at + 1 :]))
 
 
 def _letters(around: tuple[int, ...], mapped: tuple[int, ...]) -> str:

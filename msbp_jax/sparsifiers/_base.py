@@ -16,7 +16,7 @@ Rules that hold for every one of them:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -24,6 +24,8 @@ from msbp_jax import _checks
 from msbp_jax.formats import Format
 
 type State = Any
+
+EXAMPLE = "example"
 
 
 def _never(aval: jax.ShapeDtypeStruct) -> bool:
@@ -44,6 +46,10 @@ class Sparsifier(NamedTuple):
       with_memory: None, or `S` with a memory in one go, where there is a faster way than `u = g + m`, `S(u)`,
         `m' = decay R(u - p)` one after the other: takes `(g, m, decay, state)`, m being `[n]` or `[rows, n]`, and
         returns `(p, m', state)`. `memorized` uses it.
+      per_example: None, or what this becomes where each entry of the output's leading axis has so many rows
+        (`rows_per_group="example"`).
+      per_shard: None, or what this becomes inside a `shard_map`, where every device has a state of its own
+        (`reduce="local"`).
 
     Example:
       Keep the first `k` features, whatever they hold:
@@ -62,6 +68,8 @@ class Sparsifier(NamedTuple):
     name: str = "custom"
     is_identity: Callable[[jax.ShapeDtypeStruct], bool] = _never
     with_memory: Callable[[jax.Array, jax.Array, float, State], tuple[Format, jax.Array, State]] | None = None
+    per_example: Callable[[int], Sparsifier] | None = None
+    per_shard: Sparsifier | None = None
 
     def __repr__(self) -> str:
         return self.name
@@ -102,16 +110,26 @@ def check_count(caller: str, density: float | None, k: int | None) -> Count:
     return Count(None, _checks.fraction("density", density, zero=False, meaning="share of the features kept"))
 
 
-def check_rows_per_group(rows_per_group: int | None) -> int | None:
+type RowsPerGroup = int | Literal["example"] | None
+
+
+def check_rows_per_group(rows_per_group: RowsPerGroup) -> RowsPerGroup:
     """Return a checked group size; None means that the whole batch shares one choice."""
-    if rows_per_group is None:
-        return None
+    if rows_per_group is None or rows_per_group == EXAMPLE:
+        return rows_per_group
     return _checks.positive_int(
-        "rows_per_group", rows_per_group, "rows that share a choice; None for one choice for the whole batch"
+        "rows_per_group",
+        rows_per_group,
+        'rows that share a choice; "example" for all rows of an example, None for one choice for the whole batch',
     )
 
 
-def describe(name: str, count: Count, rows_per_group: int | None) -> str:
+def rows_of(rows_per_group: RowsPerGroup) -> int | None:
+    """Return the group size where nothing is known of examples: then every row is one."""
+    return 1 if isinstance(rows_per_group, str) else rows_per_group
+
+
+def describe(name: str, count: Count, rows_per_group: RowsPerGroup) -> str:
     """Return the name that reports show."""
     group = "all" if rows_per_group is None else rows_per_group
     return f"{name}({count}, rows_per_group={group})"

@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from msbp_jax.formats import Columns, take_columns
-from msbp_jax.sparsifiers._base import Sparsifier, check_count, check_rows_per_group, describe
+from msbp_jax.sparsifiers._base import (
+    EXAMPLE,
+    RowsPerGroup,
+    Sparsifier,
+    check_count,
+    check_rows_per_group,
+    describe,
+    rows_of,
+)
 
 
 class RandomKState(NamedTuple):
@@ -27,7 +35,7 @@ def random_k(
     *,
     k: int | None = None,
     rescale: bool = False,
-    rows_per_group: int | None = 1,
+    rows_per_group: RowsPerGroup = 1,
     key: jax.Array | None = None,
 ) -> Sparsifier:
     r"""Keep `k` features of each group of rows, drawn uniformly without replacement.
@@ -41,7 +49,8 @@ def random_k(
       density: Share of the features kept, in (0, 1]; `k = max(1, round(density * n))`.
       k: Number of features kept, at least 1; `k >= n` is the dense backward. Either this or `density`.
       rescale: Whether to multiply what is kept by `n/k`.
-      rows_per_group: `r`, rows that share a draw; None for one draw for the whole batch.
+      rows_per_group: `r`, rows that share a draw; "example" for all rows of an entry of the output's leading axis; None
+        for one draw for the whole batch.
       key: Typed PRNG key that the state starts from, `jax.random.key(0)` if None. Every site gets a key of its own from
         it, and every step splits it.
 
@@ -58,7 +67,8 @@ def random_k(
       random_k(density=0.1, rows_per_group=1, rescale=True)
     """
     count = check_count("random_k", density, k)
-    group = check_rows_per_group(rows_per_group)
+    checked = check_rows_per_group(rows_per_group)
+    group = rows_of(checked)
     if key is not None and not (isinstance(key, jax.Array) and _is_single_key(key)):
         raise TypeError(f"key must be one typed PRNG key such as jax.random.key(0), got {key!r}.")
 
@@ -83,8 +93,11 @@ def random_k(
     return Sparsifier(
         init=init,
         apply=apply,
-        name=describe("random_k", count, group)[:-1] + f", rescale={rescale})",
+        name=describe("random_k", count, checked)[:-1] + f", rescale={rescale})",
         is_identity=lambda aval: count.of(aval.shape[1]) >= aval.shape[1],
+        per_example=None
+        if checked != EXAMPLE
+        else lambda rows: random_k(density, k=k, rescale=rescale, rows_per_group=rows, key=key),
     )
 
 

@@ -6,14 +6,23 @@ import jax
 
 from msbp_jax import kernels
 from msbp_jax.formats import Columns
-from msbp_jax.sparsifiers._base import Sparsifier, State, check_count, check_rows_per_group, describe
+from msbp_jax.sparsifiers._base import (
+    EXAMPLE,
+    RowsPerGroup,
+    Sparsifier,
+    State,
+    check_count,
+    check_rows_per_group,
+    describe,
+    rows_of,
+)
 
 
 def top_k(
     density: float | None = None,
     *,
     k: int | None = None,
-    rows_per_group: int | None = 1,
+    rows_per_group: RowsPerGroup = 1,
     backend: str | None = None,
 ) -> Sparsifier:
     r"""Keep the `k` most important features of each group of rows.
@@ -29,7 +38,8 @@ def top_k(
       density: Share of the features kept, in (0, 1]; `k = max(1, round(density * n))`.
       k: Number of features kept, at least 1; `k >= n` is the dense backward, bit for bit. Either this or `density`.
       rows_per_group: `r`, rows that share a choice. 1: each example for itself (MSBP; meProp "simple"). None: one
-        choice for the whole batch (meProp "unified"). The last group may be shorter.
+        choice for the whole batch (meProp "unified"; for a convolution, ssProp). "example": one choice for all rows of
+        an entry of the output's leading axis (positions of an image, time steps). The last group may be shorter.
       backend: Which backend selects; None chooses.
 
     Returns:
@@ -49,7 +59,8 @@ def top_k(
       (arXiv 1706.06197). Zhang et al., Memorized Sparse Backpropagation, 2019 (arXiv 1905.10194).
     """
     count = check_count("top_k", density, k)
-    group = check_rows_per_group(rows_per_group)
+    checked = check_rows_per_group(rows_per_group)
+    group = rows_of(checked)
 
     def apply(u: jax.Array, state: State) -> tuple[Columns, State]:
         return kernels.select(u, count.of(u.shape[1]), group, backend=backend), state
@@ -62,7 +73,10 @@ def top_k(
     return Sparsifier(
         init=lambda aval: (),
         apply=apply,
-        name=describe("top_k", count, group),
+        name=describe("top_k", count, checked),
         is_identity=lambda aval: count.of(aval.shape[1]) >= aval.shape[1],
         with_memory=with_memory,
+        per_example=None
+        if checked != EXAMPLE
+        else lambda rows: top_k(density, k=k, rows_per_group=rows, backend=backend),
     )

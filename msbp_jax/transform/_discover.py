@@ -1,7 +1,7 @@
 """Find every contraction of a program, and for each whether, and on which side, it has a parameter.
 
-One walk over the jaxpr carries a `Source` for every variable through jit, scan, cond, remat and the rest. A contraction
-is named by its place: the indices of the equations that lead to it.
+One walk over the jaxpr carries a `Source` for every variable through jit, scan, cond, remat, shard_map and the rest. A
+contraction is named by its place: the indices of the equations that lead to it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 import jax
 
 from msbp_jax import _compat
-from msbp_jax.rules import Side
+from msbp_jax.rules import CONTRACTIONS, Side
+from msbp_jax.transform import _sources
 from msbp_jax.transform._sources import CONSTANT, Source, union
 
 Place = tuple[int, ...]
@@ -21,16 +22,18 @@ Place = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Loop:
-    """A scan around a contraction.
+    """A scan around a contraction, or an axis of the devices of a `shard_map` around it.
 
     Attributes:
-      length: Its number of iterations.
-      instances: True if the weight differs between iterations (stacked layers: one memory each), False if it is
-        the same one (time steps: one memory).
+      length: Its number of iterations, or devices.
+      instances: True if the weight differs between them (stacked layers, shards of a weight: one memory each), False if
+        it is the same one (time steps, shards of the batch: one memory).
+      mesh_axis: Name of the devices' axis; "" for a scan.
     """
 
     length: int
     instances: bool
+    mesh_axis: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,21 +42,23 @@ class Found:
 
     Attributes:
       place: Where in the program it stands.
+      primitive: Name of its primitive.
       params: Parameters of its equation.
       lhs: Shape and dtype of the left operand, within its loops.
       rhs: Shape and dtype of the right operand.
-      out_dtype: Dtype of the result, hence of its gradient.
+      out: Shape and dtype of the result, hence of its gradient.
       lhs_source: What the left operand is made from.
       rhs_source: What the right operand is made from.
-      loops: The scans around it, outermost first.
+      loops: The scans and mesh axes around it, outermost first.
       sealed: Why it cannot be given a rule ("" if it can).
     """
 
     place: Place
+    primitive: str
     params: dict[str, Any]
     lhs: jax.ShapeDtypeStruct
     rhs: jax.ShapeDtypeStruct
-    out_dtype: Any
+    out: jax.ShapeDtypeStruct
     lhs_source: Source
     rhs_source: Source
     loops: tuple[Loop, ...]
@@ -81,20 +86,36 @@ def discover(jaxpr: _compat.ClosedJaxpr, sources: Sequence[Source]) -> list[Foun
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _At:
-    """Where the walk is: the place, the scans around it with their lengths, and why it is sealed, if it is."""
+    """Where the walk is: the place, the loops around it with their lengths, and why it is sealed, if it is."""
 
     place: Place = ()
-    scans: tuple[tuple[Place, int], ...] = ()
+    loops: tuple[tuple[_sources.Loop, int], ...] = ()
     sealed: str = ""
 
     def inside(self, number: int) -> _At:
         """Return the place of the equation or body of that number."""
         return dataclasses.replace(self, place=(*self.place, number))
 
-    def sealed_by(self, eqn: _compat.JaxprEqn) -> _At:
+    def within(self, *loops: tuple[_sources.Loop, int]) -> _At:
+        """Return the same place within further loops."""
+        return dataclasses.replace(self, loops=(*self.loops, *loops))
+
+    def sealed_by(self, reason: str) -> _At:
         """Return the same place in a body that cannot be given rules."""
-        reason = self.sealed or f"inside {eqn.primitive.name}, which keeps its own derivative"
-        return dataclasses.replace(self, sealed=reason)
+        return dataclasses.replace(self, sealed=self.sealed or reason)
+
+    def mesh_axes(self, names: Any) -> tuple[_sources.Loop, ...]:
+        """Return the axes of the devices around that have one of these names (or this name)."""
+        wanted = set(names) if isinstance(names, (tuple, list, set, frozenset)) else {names}
+        return tuple(loop for loop, _ in self.loops if loop[1] and loop[1] in wanted)
+
+
+# Collectives whose result is the same on all devices of the axes that they name.
+_MADE_ALIKE = frozenset({"psum", "psum_invariant", "pmax", "pmin", "all_gather", "all_gather_invariant"})
+
+
+def _keeps_its_own(eqn: _compat.JaxprEqn) -> str:
+    return f"inside {eqn.primitive.name}, which keeps its own derivative"
 
 
 class _Walk:
@@ -117,9 +138,10 @@ class _Walk:
 
     def equation(self, eqn: _compat.JaxprEqn, inputs: list[Source], at: _At) -> list[Source]:
         """Walk one equation; return the sources of its results."""
+        if eqn.primitive.name in CONTRACTIONS:
+            self._contraction(eqn, inputs, at)
+            return [union(inputs)]
         match eqn.primitive:
-            case _compat.dot_general_p:
-                self._contraction(eqn, inputs, at)
             case _compat.jit_p | _compat.remat_p:
                 return self.jaxpr(_compat.closed(eqn.params["jaxpr"]), inputs, at)
             case _compat.closed_call_p:
@@ -135,49 +157,73 @@ class _Walk:
                 return [union((chosen_by, *results_of)) for results_of in zip(*results, strict=True)]
             case _compat.while_p:
                 return self._while(eqn, inputs, at)
+            case _ if eqn.primitive.name == "shard_map":
+                return self._shard_map(eqn, inputs, at)
             case _:
                 self._opaque(eqn, inputs, at)
-        return [union(inputs)] * len(eqn.outvars)
+        result = union(inputs)
+        if eqn.primitive.name in _MADE_ALIKE:  # the same on all devices, whatever it was made from
+            result = result.outside(*at.mesh_axes(_compat.axes_of_collective(eqn.params)))
+        elif eqn.primitive.name == "axis_index":
+            result = result.within(*at.mesh_axes(_compat.axes_of_collective(eqn.params)))
+        return [result] * len(eqn.outvars)
 
     def _contraction(self, eqn: _compat.JaxprEqn, inputs: list[Source], at: _At) -> None:
-        lhs, rhs, out = (_compat.shape_of(atom) for atom in (*eqn.invars, *eqn.outvars))
+        lhs, rhs, out = (_compat.shape_of(atom) for atom in (*eqn.invars[:2], *eqn.outvars))
         weight = inputs[0] if inputs[0].is_weight else inputs[1]
         self.found[at.place] = Found(
             place=at.place,
+            primitive=eqn.primitive.name,
             params=dict(eqn.params),
             lhs=lhs,
             rhs=rhs,
-            out_dtype=out.dtype,
+            out=out,
             lhs_source=inputs[0],
             rhs_source=inputs[1],
-            loops=tuple(Loop(length=length, instances=scan in weight.varies) for scan, length in at.scans),
+            loops=tuple(
+                Loop(length=length, instances=loop in weight.varies, mesh_axis=loop[1]) for loop, length in at.loops
+            ),
             sealed=at.sealed,
         )
 
     def _scan(self, eqn: _compat.JaxprEqn, inputs: list[Source], at: _At) -> list[Source]:
         body, length = eqn.params["jaxpr"], eqn.params["length"]
         consts, carries = _compat.scan_arity(eqn.params)
-        inner = dataclasses.replace(at, scans=(*at.scans, (at.place, length)))
+        loop = (at.place, "")
+        inner = at.within((loop, length))
         # A carry that the body hands on untouched is a constant in all but name.
         handed_on = [body.jaxpr.outvars[i] is body.jaxpr.invars[consts + i] for i in range(carries)]
         fixed, carry, sliced = inputs[:consts], inputs[consts : consts + carries], inputs[consts + carries :]
         while True:
             arguments = [
                 *fixed,
-                *(c if same else c.within(at.place) for c, same in zip(carry, handed_on, strict=True)),
-                *(s.within(at.place) for s in sliced),
+                *(c if same else c.within(loop) for c, same in zip(carry, handed_on, strict=True)),
+                *(s.within(loop) for s in sliced),
             ]
             results = self.jaxpr(body, arguments, inner)
-            grown = [c | r.outside(at.place) for c, r in zip(carry, results[:carries], strict=True)]
+            grown = [c | r.outside(loop) for c, r in zip(carry, results[:carries], strict=True)]
             if grown == list(carry):
-                return [*grown, *(r.outside(at.place) for r in results[carries:])]
+                return [*grown, *(r.outside(loop) for r in results[carries:])]
             carry = grown
+
+    def _shard_map(self, eqn: _compat.JaxprEqn, inputs: list[Source], at: _At) -> list[Source]:
+        """Walk a body that runs on every device: what a specification cuts up differs from one to the next."""
+        sizes = _compat.new_mesh_axes(eqn.params)
+        inner = at.within(*(((at.place, axis), size) for axis, size in sizes.items()))
+        if any(loop[1] for loop, _ in at.loops):
+            inner = inner.sealed_by("inside a shard_map within a shard_map")
+        arguments = [
+            source.within(*inner.mesh_axes(_compat.axes_of_spec(spec)))
+            for source, spec in zip(inputs, eqn.params["in_specs"], strict=True)
+        ]
+        results = self.jaxpr(_compat.closed(eqn.params["jaxpr"]), arguments, inner)
+        return [result.outside(*((at.place, axis) for axis in sizes)) for result in results]
 
     def _while(self, eqn: _compat.JaxprEqn, inputs: list[Source], at: _At) -> list[Source]:
         """Walk a loop without reverse mode: nothing in it can have a rule, but its results have sources."""
         tests, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         fixed, carry = inputs[tests : tests + consts], inputs[tests + consts :]
-        body_at = at.sealed_by(eqn).inside(1)
+        body_at = at.sealed_by(_keeps_its_own(eqn)).inside(1)
         while True:
             results = self.jaxpr(eqn.params["body_jaxpr"], [*fixed, *carry], body_at)
             grown = [c | r for c, r in zip(carry, results, strict=True)]
@@ -189,4 +235,4 @@ class _Walk:
         """Look into a body with a derivative rule of its own, or none, so that the report can name what is there."""
         for number, body in enumerate(_compat.jaxprs_in_params(eqn.params)):
             arguments = inputs if len(body.invars) == len(inputs) else [union(inputs)] * len(body.invars)
-            self.jaxpr(_compat.closed(body), arguments, at.sealed_by(eqn).inside(number))
+            self.jaxpr(_compat.closed(body), arguments, at.sealed_by(_keeps_its_own(eqn)).inside(number))

@@ -1,8 +1,8 @@
 """Evaluate a program with rules in place of some of its contractions.
 
 Everything without a site inside is evaluated as it stands. Higher-order equations with a site inside are rebuilt with
-the public function they came from (`jax.jit`, `lax.scan`, `lax.switch`, `jax.checkpoint`), so that no parameter of
-theirs has to be edited.
+the public function they came from (`jax.jit`, `lax.scan`, `lax.switch`, `jax.checkpoint`, `jax.shard_map`), so that no
+parameter of theirs has to be edited.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from msbp_jax import _compat
-from msbp_jax.rules import Rule, sparse_dot_general
+from msbp_jax.rules import CONTRACTIONS, Rule, sparse_contraction
 from msbp_jax.sparsifiers._base import State
 from msbp_jax.transform._discover import Loop, Place
 
@@ -73,9 +74,9 @@ class _Evaluator:
     ) -> Sequence[Any]:
         """Evaluate an equation that is a site or has one inside."""
         params = eqn.params
+        if eqn.primitive.name in CONTRACTIONS:
+            return [sparse_contraction(self.rules[place], tuple(inputs), states[place])]
         match eqn.primitive:
-            case _compat.dot_general_p:
-                return [sparse_dot_general(self.rules[place], *inputs, states[place])]
             case _compat.closed_call_p:
                 return self.closed(params["call_jaxpr"], inputs, place, depth, states)
             case _compat.jit_p:
@@ -94,6 +95,8 @@ class _Evaluator:
                 return lax.switch(inputs[0], branches, inputs[1:], states)
             case _compat.scan_p:
                 return self._scan(eqn, inputs, place, depth, states)
+            case _ if eqn.primitive.name == "shard_map":
+                return self._shard_map(eqn, inputs, place, depth, states)
         raise AssertionError(f"no sites are looked for inside {eqn.primitive}")  # discover() seals them
 
     def _function(
@@ -133,9 +136,39 @@ class _Evaluator:
         )
         return [*final, *outputs]
 
+    def _shard_map(
+        self, eqn: _compat.JaxprEqn, inputs: list[Any], place: Place, depth: int, states: States
+    ) -> list[Any]:
+        """A memory that devices share is whole on each; one for each device is cut up on its leading axes."""
+        params = eqn.params
+        axes = list(_compat.new_mesh_axes(params))
+        own = {p: [axis.mesh_axis for axis in self._axes(p, depth, axes) if axis.instances] for p in states}
+        specs = {p: jax.tree.map(lambda _, p=p: PartitionSpec(*own[p]), state) for p, state in states.items()}
+
+        def body(arguments: list[Any], states: States) -> list[Any]:
+            mine = {
+                p: jax.tree.map(lambda leaf, p=p: _of_device(leaf, own[p], axes), state) for p, state in states.items()
+            }
+            return self.closed(_compat.closed(params["jaxpr"]), arguments, place, depth + len(axes), mine)
+
+        mapped = _compat.shard_map_like(params, body, (list(params["in_specs"]), specs))
+        return mapped(inputs, states)
+
+    def _axes(self, place: Place, depth: int, axes: list[str]) -> tuple[Loop, ...]:
+        return self.loops[place][depth : depth + len(axes)]
+
 
 def _under(states: States, place: Place) -> States:
     return {p: state for p, state in states.items() if p[: len(place)] == place}
+
+
+def _of_device(leaf: jax.Array, own: list[str], axes: list[str]) -> jax.Array:
+    """Return a device's own part of a leaf; where devices share a key, each draws with one made from it."""
+    mine = leaf.reshape(leaf.shape[len(own) :])
+    for axis in axes:
+        if axis not in own and _compat.is_key(mine):
+            mine = jax.vmap(jax.random.fold_in, (0, None))(mine.reshape(-1), lax.axis_index(axis)).reshape(mine.shape)
+    return mine
 
 
 def _keys_of_steps(leaf: jax.Array, length: int) -> jax.Array | None:

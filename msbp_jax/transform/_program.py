@@ -61,24 +61,22 @@ class Program:
             state, tracker, leaves = unwrap(memory[site.name])
             rules[site.found.place] = self._rule(site, state, tracker, leaves)
             states[site.found.place] = state
-        loops = {site.found.place: site.found.loops for site in self.sparse_sites}
+        loops = {site.found.place: site.loops for site in self.sparse_sites}
         return self.rebuild(evaluate(self.jaxpr, self.arguments, rules, loops, states))
 
     def _rule(self, site: Site, state: Any, tracker: Tracker | None, leaves: tuple[int, ...]) -> Rule:
         assert site.sparsifier is not None
+        assert site.operation is not None
         key = None
         if tracker is not None:
-            axes = "".join("i" if loop.instances else "s" for loop in site.found.loops)
+            axes = "".join("i" if loop.instances else "s" for loop in site.loops)
             ranks = tuple(logged_rank(leaf) - axes.count("i") for leaf in jax.tree.leaves(state))
-            key = tracker.key(site.name, leaves, ranks, axes)
-        params = site.found.params
+            mesh = tuple((number, loop.length) for number, loop in enumerate(site.loops) if loop.mesh_axis)
+            key = tracker.key(site.name, leaves, ranks, axes, mesh)
         return Rule(
-            dimension_numbers=params["dimension_numbers"],
+            operation=site.operation,
             side=site.side,
             sparsifier=site.sparsifier,
-            precision=params["precision"],
-            preferred_element_type=params["preferred_element_type"],
-            out_sharding=params["out_sharding"],
             key=key,
             observe=tracker.observe if tracker is not None else "",
             backend=self.backend,
@@ -133,7 +131,7 @@ def trace(
         names = ", ".join(path for path, _ in parameters)
         raise ValueError(
             f"No contraction has one of the parameters ({names}) on one side, so there is nothing to make sparse. "
-            "sparse_vjp works on matrix products (dot_general) of a parameter with data."
+            "sparse_vjp works on matrix products and convolutions of a parameter with data."
         )
     return Program(
         jaxpr=jaxpr,

@@ -99,34 +99,49 @@ def make_report(sites: list[Site], backend: str | None) -> Report:
         for site in sites
         if site.sparsifier is None
     )
-    work = {site.name: site.repeats * site.algebra.rows * site.algebra.m * site.algebra.n for site in sites}
+    work = {site.name: site.repeats * site.dims.rows * site.dims.m * site.dims.n for site in sites}
     saved = sum(row.saved * work[row.name] for row in sparse) / max(1, sum(work.values()))
     return Report(sparse=sparse, dense=dense, saved=saved)
 
 
 def _sparse_row(site: Site, backend: str | None) -> SparseRow:
     assert site.sparsifier is not None
-    algebra = site.algebra
-    kept = _kept(site)
+    assert site.operation is not None
+    dims, kept = site.dims, _kept(site)
     k, group = kept or (None, None)
-    chosen = backend or ("" if kept is None else _choose.fastest_first(algebra.rows, algebra.m, algebra.n, *kept)[0])
+    path = "" if group is None else site.operation.path(-(-dims.rows // group))
+    chosen = ""
+    if kept is not None:
+        chosen = backend or _choose.fastest_first(dims.rows, dims.m, dims.n, *kept)[0]
+        chosen = {"rows": chosen, "patches": f"{chosen}, patches", "narrow": "xla, narrow", "dense": "xla, dense"}[path]
     instances = 1
     for size in site.instances:
         instances *= size
     return SparseRow(
         name=site.name,
         contraction=_shapes(site),
-        rows=algebra.rows,
-        m=algebra.m,
-        n=algebra.n,
+        rows=dims.rows,
+        m=dims.m,
+        n=dims.n,
         sparsifier=site.sparsifier.name,
         k=k,
         rows_per_group=group,
         backend=chosen,
-        saved=0.0 if k is None else 1 - k / algebra.n,
+        saved=0.0 if k is None or path == "dense" else 1 - k / dims.n,
         instances=instances,
-        warning="" if kept is None else _choose.warning(algebra.rows, algebra.m, algebra.n, *kept, backend),
+        warning=_warning(site, path, kept, backend),
     )
+
+
+def _warning(site: Site, path: str, kept: tuple[int, int] | None, backend: str | None) -> str:
+    if path == "dense":
+        return (
+            "its products run whole, on the sparse gradient: a grouped contraction gains nothing from groups of rows. "
+            "It can be left dense."
+        )
+    if kept is None or path != "rows":
+        return ""
+    return _choose.warning(site.dims.rows, site.dims.m, site.dims.n, *kept, backend)
 
 
 def _kept(site: Site) -> tuple[int, int] | None:

@@ -1,7 +1,8 @@
 """Sites: the contractions of a program with their names, their sparsifiers, and the memory they need.
 
 A site is named by the path of the parameter that reaches it (`Dense_0/kernel`); a second use of the same parameter is
-`...#2`. A contraction without a parameter is `@dot_general_0`, `@dot_general_1`, ...: dense unless the plan names it.
+`...#2`. A contraction without a parameter is named after its primitive, `@dot_general_0`, `@dot_general_1`, ...: dense
+unless the plan names it.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from msbp_jax import _compat
-from msbp_jax.rules import Contraction, Side, contraction, unwrap
+from msbp_jax.rules import Dims, Operation, Side, operation_of, unwrap
 from msbp_jax.sparsifiers import Sparsifier
 from msbp_jax.sparsifiers._base import State
-from msbp_jax.transform._discover import Found
+from msbp_jax.transform._discover import Found, Loop
 from msbp_jax.transform._plan import Plan
 
 
@@ -33,7 +34,9 @@ class Site:
       name: Path of its parameter.
       found: The contraction in the program.
       side: Which operand is the weight.
-      algebra: Its dimensions.
+      operation: The contraction as a rule sees it; None if no rule takes it.
+      dims: Its canonical sizes.
+      loops: The scans and mesh axes around it, outermost first.
       sparsifier: Its sparsifier; None where it stays dense.
       reason: Why it stays dense ("" if it does not).
     """
@@ -41,25 +44,27 @@ class Site:
     name: str
     found: Found
     side: Side
-    algebra: Contraction
+    operation: Operation | None
+    dims: Dims
+    loops: tuple[Loop, ...]
     sparsifier: Sparsifier | None
     reason: str
 
     @property
     def cotangent(self) -> jax.ShapeDtypeStruct:
         """Shape `[rows, n]` and dtype of the gradient that the sparsifier sees."""
-        return jax.ShapeDtypeStruct((self.algebra.rows, self.algebra.n), self.found.out_dtype)
+        return jax.ShapeDtypeStruct((self.dims.rows, self.dims.n), self.found.out.dtype)
 
     @property
     def instances(self) -> tuple[int, ...]:
-        """Leading axes of the memory: layers stacked by scans, then batch axes of the contraction."""
-        stacked = tuple(loop.length for loop in self.found.loops if loop.instances)
-        return (*stacked, self.algebra.batch) if self.algebra.batch_shape else stacked
+        """Leading axes of the memory: layers stacked by scans, shards, then batch axes of the contraction."""
+        stacked = tuple(loop.length for loop in self.loops if loop.instances)
+        return (*stacked, self.dims.batch) if self.dims.batch_shape else stacked
 
     @property
     def repeats(self) -> int:
-        """How often the contraction runs in a step."""
-        return math.prod(loop.length for loop in self.found.loops) * self.algebra.batch
+        """How often the contraction runs in a step, on all devices."""
+        return math.prod(loop.length for loop in self.loops) * self.dims.batch
 
     @property
     def abstract_state(self) -> State:
@@ -101,7 +106,7 @@ def name_sites(found: Sequence[Found], parameters: Sequence[tuple[str, int]], pl
     uses: collections.Counter[str] = collections.Counter()
     sites = []
     for contraction_found in found:
-        if not jnp.issubdtype(contraction_found.out_dtype, jnp.floating):
+        if not jnp.issubdtype(contraction_found.out.dtype, jnp.floating):
             continue  # nothing to differentiate
         name = _name(contraction_found, parameters)
         uses[name] += 1
@@ -158,7 +163,7 @@ def check_memory(memory: Any, sites: Sequence[Site]) -> None:
 
 def _name(found: Found, parameters: Sequence[tuple[str, int]]) -> str:
     if found.side is None:
-        return "@dot_general"
+        return f"@{found.primitive}"
     source = found.lhs_source if found.side == "lhs" else found.rhs_source
     # A weight put together from several leaves (a low-rank update, a scale) is named after the largest.
     return min((-parameters[leaf][1], leaf, parameters[leaf][0]) for leaf in source.parameters)[2]
@@ -166,28 +171,51 @@ def _name(found: Found, parameters: Sequence[tuple[str, int]]) -> str:
 
 def _site(name: str, found: Found, plan: Plan) -> Site:
     side: Side = found.side or "rhs"
-    algebra = contraction(found.params["dimension_numbers"], found.lhs.shape, found.rhs.shape, side)
-    aval = jax.ShapeDtypeStruct((algebra.rows, algebra.n), found.out_dtype)
-    sparsifier = plan.match(name)
-    reason = ""
-    if found.sealed:
-        reason = found.sealed
+    operation, dims, reason = _operation(found, side)
+    loops, sparsifier = found.loops, plan.match(name)
+    if sparsifier is not None and sparsifier.per_example is not None:
+        sparsifier = _by_example(sparsifier, dims.rows_per_example)
+    if sparsifier is not None and sparsifier.per_shard is not None and any(loop.mesh_axis for loop in loops):
+        # Each device has a state of its own, whether or not they share the weight.
+        sparsifier = sparsifier.per_shard
+        loops = tuple(dataclasses.replace(loop, instances=loop.instances or bool(loop.mesh_axis)) for loop in loops)
+    reason = found.sealed or reason
+    if reason:
+        pass
     elif sparsifier is None:
         reason = _unnamed(found)
-    elif sparsifier.is_identity(aval):
-        reason = f"{sparsifier.name} keeps all {algebra.n} features"
-    elif algebra.n < plan.min_features:
-        reason = f"{algebra.n} features, fewer than min_features={plan.min_features}"
-    elif algebra.rows == 0 or algebra.m == 0:
+    elif sparsifier.is_identity(jax.ShapeDtypeStruct((dims.rows, dims.n), found.out.dtype)):
+        reason = f"{sparsifier.name} keeps all {dims.n} features"
+    elif dims.n < plan.min_features:
+        reason = f"{dims.n} features, fewer than min_features={plan.min_features}"
+    elif dims.rows == 0 or dims.m == 0:
         reason = "it is empty"
     return Site(
         name=name,
         found=found,
         side=side,
-        algebra=algebra,
+        operation=operation,
+        dims=dims,
+        loops=loops,
         sparsifier=None if reason else sparsifier,
         reason=reason,
     )
+
+
+def _operation(found: Found, side: Side) -> tuple[Operation | None, Dims, str]:
+    """Return a contraction's operation, sizes, and why no rule takes it ("" if one does)."""
+    try:
+        operation = operation_of(found.primitive, dict(found.params), side)
+    except NotImplementedError as declined:
+        n = found.out.shape[-1] if found.out.shape else 1
+        return None, Dims((), found.out.size // max(1, n), 1, 0, n), str(declined)
+    return operation, operation.dims(found.lhs.shape, found.rhs.shape, found.out.shape), ""
+
+
+@functools.lru_cache(maxsize=1024)  # rules are compared by their sparsifier: one for each number of rows
+def _by_example(sparsifier: Sparsifier, rows: int) -> Sparsifier:
+    assert sparsifier.per_example is not None
+    return sparsifier.per_example(rows)
 
 
 def _unnamed(found: Found) -> str:

@@ -10,6 +10,9 @@ import dataclasses
 import functools
 from collections.abc import Iterable
 
+# A scan, by its place in the program and ""; or an axis of the devices of a shard_map, by the place and its name.
+type Loop = tuple[tuple[int, ...], str]
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Source:
@@ -18,12 +21,12 @@ class Source:
     Attributes:
       parameters: Numbers of the parameter leaves it depends on.
       data: Whether it depends on an argument that is not a parameter.
-      varies: The scans (by their place in the program) over whose iterations it is not constant.
+      varies: The loops over whose iterations, or the mesh axes over whose devices, it is not constant.
     """
 
     parameters: frozenset[int] = frozenset()
     data: bool = False
-    varies: frozenset[tuple[int, ...]] = frozenset()
+    varies: frozenset[Loop] = frozenset()
 
     @property
     def is_weight(self) -> bool:
@@ -36,13 +39,13 @@ class Source:
             return self
         return Source(self.parameters | other.parameters, self.data or other.data, self.varies | other.varies)
 
-    def within(self, scan: tuple[int, ...]) -> Source:
-        """Return the source of what changes from one iteration of `scan` to the next."""
-        return dataclasses.replace(self, varies=self.varies | {scan})
+    def within(self, *loops: Loop) -> Source:
+        """Return the source of what changes from one iteration of `loops` to the next."""
+        return dataclasses.replace(self, varies=self.varies | set(loops))
 
-    def outside(self, scan: tuple[int, ...]) -> Source:
-        """Return the source of what `scan` returns."""
-        return dataclasses.replace(self, varies=self.varies - {scan})
+    def outside(self, *loops: Loop) -> Source:
+        """Return the source of what leaves `loops`, or is made the same in all their iterations."""
+        return dataclasses.replace(self, varies=self.varies - set(loops))
 
 
 CONSTANT = Source()

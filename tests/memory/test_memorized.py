@@ -88,7 +88,7 @@ def test_memory_is_float32_for_half_precision(dtype):
         ((msbp.top_k(k=1), -0.1), ValueError, r"decay must lie in \[0, 1\].*got -0\.1"),
         ((msbp.top_k(k=1), "x"), TypeError, r"decay must be a number in \[0, 1\].*got 'x'"),
         ((0.5, 0.5), TypeError, r"memorized wraps a Sparsifier such as .*, got 0\.5"),
-        ((msbp.top_k(k=1), 0.5, "sum"), ValueError, r'reduce must be "mean" .* or "slot" .*, got \'sum\''),
+        ((msbp.top_k(k=1), 0.5, "sum"), ValueError, r'reduce must be "mean" .*, "slot" .* or "local" .*, got \'sum\''),
     ],
 )
 def test_bad_arguments(arguments, error, message):

@@ -1,0 +1,115 @@
+"""`lax.conv_general_dilated` as an operation of a rule: rows are the positions of all images, n the output channels.
+
+One choice for the whole batch makes both products convolutions with fewer output channels. Other groups go through the
+kernels, on the patches of the input. Grouped convolutions (depthwise among them) run whole, on the sparse gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from msbp_jax import kernels
+from msbp_jax.formats import Columns
+from msbp_jax.rules._operation import Dims, Operands, Shape, dense_products, narrow_products
+from msbp_jax.rules._patches import Window
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Convolution:
+    """A convolution whose kernel, the right operand, is the weight; all attributes as in `lax.conv_general_dilated`."""
+
+    window_strides: Shape
+    padding: tuple[tuple[int, int], ...]
+    lhs_dilation: Shape
+    rhs_dilation: Shape
+    dimension_numbers: lax.ConvDimensionNumbers
+    feature_group_count: int = 1
+    batch_group_count: int = 1
+    precision: Any = None
+    preferred_element_type: Any = None
+    out_sharding: Any = None
+
+    def forward(self, *operands: jax.Array) -> jax.Array:
+        """Return the convolution itself."""
+        how: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        x, w = operands
+        return lax.conv_general_dilated(x, w, **how)
+
+    def dims(self, lhs: Shape, rhs: Shape, out: Shape) -> Dims:
+        """Return the canonical sizes: rows are images times positions, m is what one output is made from."""
+        del lhs
+        batch, feature, *_ = self.dimension_numbers.out_spec
+        n = out[feature]
+        m = math.prod(rhs) // max(1, rhs[self.dimension_numbers.rhs_spec[0]])
+        return Dims((), math.prod(out) // max(1, n), out[batch], m, n)
+
+    def canonical_g(self, g: jax.Array, operands: Operands) -> Float[Array, "batch rows n"]:
+        """Return the gradient of the output as `[1, images * positions, n]`."""
+        del operands
+        last = jnp.transpose(g, _features_last(self.dimension_numbers.out_spec))
+        return last.reshape(1, -1, last.shape[-1])
+
+    def program_g(self, g: Float[Array, "batch rows n"], operands: Operands, out: Shape) -> jax.Array:
+        """Return a canonical gradient, of any number of features, in the order of axes that the program has."""
+        del operands
+        order = _features_last(self.dimension_numbers.out_spec)
+        shape = [out[axis] for axis in order[:-1]]
+        return jnp.transpose(g.reshape(*shape, g.shape[-1]), _inverse(order))
+
+    def path(self, groups: int) -> str:
+        """Return "narrow" for one choice, "patches" for several, "dense" for a grouped convolution."""
+        if self.feature_group_count > 1 or self.batch_group_count > 1:
+            return "dense"
+        return "narrow" if groups == 1 else "patches"
+
+    def products(self, operands: Operands, p: Columns, out: Shape, backend: str | None) -> tuple[jax.Array, jax.Array]:
+        """Return the gradients of images and kernel."""
+        x, w = operands
+        match self.path(p.index.shape[0]):
+            case "narrow":
+                axis = self.dimension_numbers.rhs_spec[0]
+                g = self.program_g(p.values[:, : p.shape[0]], operands, out)
+                return narrow_products(self.forward, x, w, axis, p.index[0], g)
+            case "patches":
+                return self._by_patches(x, w, p, out, backend)
+            case _:
+                return dense_products(self, operands, self.program_g(p.materialize()[None], operands, out))
+
+    def _by_patches(
+        self, x: jax.Array, w: jax.Array, p: Columns, out: Shape, backend: str | None
+    ) -> tuple[jax.Array, jax.Array]:
+        x_order = _features_last(self.dimension_numbers.lhs_spec)
+        features_out, features_in, *spatial = self.dimension_numbers.rhs_spec
+        w_order = (*spatial, features_in, features_out)
+        window = Window(
+            size=tuple(w.shape[axis] for axis in spatial),
+            strides=self.window_strides,
+            padding=self.padding,
+            lhs_dilation=self.lhs_dilation,
+            rhs_dilation=self.rhs_dilation,
+            positions=tuple(out[axis] for axis in self.dimension_numbers.out_spec[2:]),
+        )
+        patches, back = jax.vjp(lambda x: window.patches(jnp.transpose(x, x_order)), x)
+        matrix = jnp.transpose(w, w_order).reshape(-1, p.shape[1])
+        (dx,) = back(kernels.grad_input(p, matrix, 1, precision=self.precision, backend=backend).astype(x.dtype))
+        dw = kernels.grad_weight(p, patches, 1, precision=self.precision, backend=backend).astype(w.dtype)
+        dw = dw.reshape([w.shape[axis] for axis in w_order])
+        return dx, jnp.transpose(dw, _inverse(w_order))
+
+
+def _features_last(spec: Sequence[int]) -> Shape:
+    """Return the permutation to (batch, positions, features) for a spec of (batch, features, positions)."""
+    batch, features, *spatial = spec
+    return (batch, *spatial, features)
+
+
+def _inverse(order: Shape) -> Shape:
+    return tuple(sorted(range(len(order)), key=order.__getitem__))

@@ -1,0 +1,71 @@
+"""`lax.ragged_dot` as an operation of a rule: each run of rows has an expert's matrix of its own.
+
+One choice for the whole batch makes both products ragged products with fewer output features. Other groups run whole,
+on the sparse gradient: their rows may belong to several experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax import lax
+from jaxtyping import Array, Float
+
+from msbp_jax.formats import Columns
+from msbp_jax.rules._operation import Dims, Operands, Shape, dense_products, narrow_products
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RaggedDot:
+    """`y[i] = x[i] w[expert of row i]`, x being `[rows, m]`, w `[experts, m, n]`, and the experts' numbers of rows.
+
+    Attributes:
+      precision: As in `lax.ragged_dot`.
+      preferred_element_type: As in `lax.ragged_dot`.
+      group_offset: As in `lax.ragged_dot`.
+    """
+
+    precision: Any = None
+    preferred_element_type: Any = None
+    group_offset: Any = None
+
+    def forward(self, *operands: jax.Array) -> jax.Array:
+        """Return the contraction itself."""
+        x, w, sizes = operands
+        return lax.ragged_dot(
+            x,
+            w,
+            sizes,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+            group_offset=self.group_offset,
+        )
+
+    def dims(self, lhs: Shape, rhs: Shape, out: Shape) -> Dims:
+        """Return the canonical sizes."""
+        del rhs
+        return Dims((), out[0], out[0], lhs[1], out[1])
+
+    def canonical_g(self, g: jax.Array, operands: Operands) -> Float[Array, "batch rows n"]:
+        """Return the gradient of the output as `[1, rows, n]`."""
+        del operands
+        return g[None]
+
+    def program_g(self, g: Float[Array, "batch rows n"], operands: Operands, out: Shape) -> jax.Array:
+        """Return a canonical gradient in the shape that the program has."""
+        del operands, out
+        return g[0]
+
+    def path(self, groups: int) -> str:
+        """Return "narrow" for one choice, else "dense"."""
+        return "narrow" if groups == 1 else "dense"
+
+    def products(self, operands: Operands, p: Columns, out: Shape, backend: str | None) -> tuple[jax.Array, jax.Array]:
+        """Return the gradients of rows and experts."""
+        del backend
+        x, w, *sizes = operands
+        if self.path(p.index.shape[0]) == "dense":
+            return dense_products(self, operands, self.program_g(p.materialize()[None], operands, out))
+        return narrow_products(lambda x, w: self.forward(x, w, *sizes), x, w, 2, p.index[0], p.values[0][: p.shape[0]])
