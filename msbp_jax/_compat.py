@@ -133,6 +133,11 @@ def axes_of_collective(params: dict[str, Any]) -> Any:
     return params.get("axes", params.get("axis_name", ()))
 
 
+def varying_axes(atoms: Any) -> frozenset[str]:
+    """Return the mesh axes over which variables vary by their types, which `shard_map(check_vma=True)` keeps."""
+    return frozenset[str]().union(*(atom.aval.manual_axis_type.varying for atom in atoms))
+
+
 def shard_map_like(params: dict[str, Any], body: Any, in_specs: Any) -> Any:
     """Return `body` mapped over devices as a `shard_map` equation has it, with other specifications of arguments."""
     return jax.shard_map(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -68,6 +68,7 @@ def call(
     results: Sequence[tuple[tuple[int, ...], Any]],
     instruction_set: int = 0,
     split: tuple[str, int, int] | None = None,
+    choose_together: Callable[..., tuple[jax.Array, ...]] | None = None,
     **attributes: Any,
 ) -> list[jax.Array]:
     """Call a kernel.
@@ -78,6 +79,7 @@ def call(
       results: Shape and dtype of each array that it returns.
       instruction_set: Place in `instruction_sets()`; anything but 0 is for tests.
       split: How the call may be split over devices: key of `SPLITS`, rows, and rows that share a choice.
+      choose_together: What a selection does where devices have parts of its one group; see `_partition`.
       **attributes: Its numbers; an int is passed as int64, a float as float32.
     """
     _register()
@@ -92,7 +94,8 @@ def call(
     if split is None or varies or jax.device_count() == 1:
         return list(call_for(results)(*alike))
     key, rows, group = split
-    return list(_partition.partitioned(_partition.SPLITS[key], rows, group, results, call_for)(*alike))
+    way = _partition.SPLITS[key]
+    return list(_partition.partitioned(way, rows, group, results, call_for, choose_together)(*alike))
 
 
 def _number(value: Any) -> Any:

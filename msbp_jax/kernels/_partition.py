@@ -3,11 +3,15 @@
 XLA cannot look into a foreign call and would gather its operands. Told that the rows of the gradient, the groups of the
 compact cotangent and the rows of x are one axis, it leaves them where they are: the selection and dx need nothing from
 other devices, dw is summed over them as in a dense backward, and the memory of all rows is the mean of the devices'.
+
+Where all rows are one group, that axis is the group's own: the devices add up their scores, n numbers, and choose
+alike. A batch axis, of experts or of blocks of rows that choose for themselves, is split where it is sharded.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +23,7 @@ from msbp_jax import _compat
 
 type Call = Callable[..., tuple[jax.Array, ...]]
 type Shapes = Sequence[tuple[tuple[int, ...], Any]]
+type Names = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,90 +31,152 @@ class Split:
     """Which arrays of a call have rows or groups on their first axis, and what becomes of results that have not.
 
     Attributes:
-      operands: Whether each operand has.
-      results: Whether each result has.
-      rule: The same in Shardy's notation.
+      rule: The axes of operands and results in Shardy's notation; "{rows}" and "{values}" have rows or groups in front.
       combine: `jax.lax.psum` or `pmean` for the results that have not.
     """
 
-    operands: tuple[bool, ...]
-    results: tuple[bool, ...]
     rule: str
     combine: Callable[..., Any] = jax.lax.psum
 
 
 SPLITS = {
-    "select": Split((True,), (True, True), "{rows} n -> g r k, g k"),
-    "select_with_memory": Split(
-        (True, False), (True, True, False), "{rows} n, n -> g r k, g k, n", combine=jax.lax.pmean
-    ),
-    "select_with_memory by slot": Split((True, True), (True, True, True), "{rows} n, {rows} n -> g r k, g k, {rows} n"),
-    "grad_input": Split((True, True, False), (True,), "g r k, g k, a b -> {rows} m"),
-    "grad_weight": Split((True, True, True), (False,), "g r k, g k, {rows} m -> a b"),
+    "select": Split("{rows} n -> {values}, {index}"),
+    "select_with_memory": Split("{rows} n, n -> {values}, {index}, n", combine=jax.lax.pmean),
+    "select_with_memory by slot": Split("{rows} n, {rows} n -> {values}, {index}, {rows} n"),
+    "grad_input": Split("{values}, {index}, a b -> {rows} m"),
+    "grad_weight": Split("{values}, {index}, {rows} m -> a b"),
 }
 
 
-def partitioned(split: Split, rows: int, group: int, results: Shapes, local_call: Callable[[Shapes], Call]) -> Call:
-    """Return a call that XLA may split by groups of rows.
+def partitioned(
+    split: Split,
+    rows: int,
+    group: int,
+    results: Shapes,
+    local_call: Callable[[Shapes], Call],
+    choose_together: Callable[..., tuple[jax.Array, ...]] | None = None,
+) -> Call:
+    """Return a call that XLA may split.
 
     Args:
-      split: What may be split.
+      split: How.
       rows: Rows of the gradient.
       group: Rows that share a choice.
       results: Shape and dtype of each result.
       local_call: Makes the call for results of given shapes.
+      choose_together: What a selection does where devices have parts of its one group; takes the names of the mesh
+        axes, then the operands.
     """
     whole = local_call(results)
+    one_group = group >= rows
+    cut = _Cut(split.rule, rows, group)
 
-    @jax.custom_batching.custom_vmap
-    def function(*operands: jax.Array) -> tuple[jax.Array, ...]:
-        return custom(*operands)
+    def lower(names: Names, shards: int) -> Call:
+        if one_group and names and choose_together is not None:
+            together = choose_together
+            return lambda *arrays: together(names, *arrays)
+        local = local_call(cut.local_shapes(results, shards))
 
-    @function.def_vmap
-    def _over_batch(size: int, batched: Sequence[bool], *operands: jax.Array) -> tuple[Any, Any]:
-        axes = [0 if is_batched else None for is_batched in batched]
-        out = jax.vmap(whole, in_axes=axes, axis_size=size)(*operands)
-        return out, tuple(True for _ in out)
-
-    custom = _compat.custom_partitioning(lambda *operands: whole(*operands))
-
-    def partition(mesh: Any, operands: Any, out: Any) -> tuple[Any, ...]:
-        del out
-        spec = operands[0].sharding.spec
-        axes = spec[0] if len(spec) else None
-        names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
-        shards = math.prod(mesh.shape[name] for name in names)
-        names = names if even and rows % (shards * group) == 0 else ()
-        shards = shards if names else 1
-        placed = [NamedSharding(mesh, PartitionSpec(names or None)), NamedSharding(mesh, PartitionSpec())]
-        local = local_call(
-            [
-                ((shape[0] // shards, *shape[1:]) if is_split else shape, dtype)
-                for is_split, (shape, dtype) in zip(split.results, results, strict=True)
-            ]
-        )
-
-        def lower(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        def call(*arrays: jax.Array) -> tuple[jax.Array, ...]:
             found = local(*arrays)
             if not names:
                 return found
+            axes = cut.result_axes
             return tuple(
-                one if is_split else split.combine(one, names)
-                for is_split, one in zip(split.results, found, strict=True)
+                split.combine(one, names) if axis is None else one for axis, one in zip(axes, found, strict=True)
             )
 
-        return (
-            mesh,
-            lower,
-            tuple(placed[0 if is_split else 1] for is_split in split.results),
-            tuple(placed[0 if is_split else 1] for is_split in split.operands),
-        )
+        return call
 
-    # Groups are split where they go evenly into all devices, whatever the mesh; else XLA is told of no common axis.
-    even = rows % (group * jax.device_count()) == 0
-    one_axis = "i" if not even else "g" if group == 1 else "(g r)"
-    rule = split.rule.format(rows=one_axis)
-    if group == 1:
-        rule = rule.replace("g r k", "g s k")
-    custom.def_partition(partition=partition, sharding_rule=rule)
-    return function
+    function = _compat.custom_partitioning(lambda *operands: whole(*operands))
+
+    def partition(mesh: Any, operands: Any, out: Any) -> tuple[Any, ...]:
+        del out
+        names = cut.names(operands)
+        shards = math.prod(mesh.shape[name] for name in names)
+        if rows % (shards if one_group else shards * group):
+            names, shards = (), 1
+        placed = [[_placed(mesh, names, axis) for axis in axes] for axes in (cut.result_axes, cut.operand_axes)]
+        return mesh, lower(names, shards), tuple(placed[0]), tuple(placed[1])
+
+    function.def_partition(partition=partition, sharding_rule=cut.sharding_rule)
+    return _mapped(function, whole)
+
+
+class _Cut:
+    """Where the rows or groups stand in each array of a call."""
+
+    def __init__(self, rule: str, rows: int, group: int) -> None:
+        one_group = group >= rows
+        # Groups are split where they go evenly into all devices, whatever the mesh; else XLA is told of no common axis.
+        even = one_group or rows % (group * jax.device_count()) == 0
+        axis = "g" if group == 1 or one_group else "(g r)"
+        names = {"values": "e g k" if one_group else "g s k" if group == 1 else "g r k", "rows": axis}
+        names["index"] = "e k" if one_group else "g k"
+        filled = rule.format(**names)
+        operands, results = ([part.split() for part in _fields(side)] for side in filled.split("->"))
+        self.operand_axes, self.result_axes = ([_place(part) for part in side] for side in (operands, results))
+        self.sharding_rule = filled if even else rule.format(values="g r k", index="g k", rows="i")
+
+    def names(self, operands: Any) -> Names:
+        """Return the mesh axes over which the first operand that has rows is split."""
+        for operand, axis in zip(operands, self.operand_axes, strict=True):
+            if axis is not None:
+                spec = operand.sharding.spec
+                return _names(spec[axis] if len(spec) > axis else None)
+        return ()
+
+    def local_shapes(self, results: Shapes, shards: int) -> Shapes:
+        """Return the shapes of the results on one of so many devices."""
+        return [
+            (tuple(size // shards if i == axis else size for i, size in enumerate(shape)), dtype)
+            for axis, (shape, dtype) in zip(self.result_axes, results, strict=True)
+        ]
+
+
+def _fields(side: str) -> list[str]:
+    """Return the arrays of one side of a rule, "(g r)" being one axis."""
+    return [part.replace("(g r)", "(g") for part in side.split(",")]
+
+
+def _place(axes: list[str]) -> int | None:
+    return next((place for place, axis in enumerate(axes) if axis.strip("(") == "g"), None)
+
+
+def _placed(mesh: Any, names: Names, axis: int | None) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(*([None] * axis), names or None) if axis is not None else PartitionSpec())
+
+
+def _names(part: Any) -> Names:
+    return part if isinstance(part, tuple) else (part,) if part else ()
+
+
+def _mapped(function: Call, plain: Call) -> Call:
+    """Return a function with a rule for vmap, which a custom partitioning has not: its axis may be split."""
+    mapped = jax.custom_batching.custom_vmap(lambda *operands: function(*operands))
+
+    @mapped.def_vmap
+    def _over_batch(size: int, batched: Sequence[bool], *operands: jax.Array) -> tuple[Any, Any]:
+        axes = [0 if is_batched else None for is_batched in batched]
+        over_batch = jax.vmap(plain, in_axes=axes)
+        results = jax.eval_shape(over_batch, *operands)
+        call = _compat.custom_partitioning(lambda *operands: over_batch(*operands))
+        letters = (f"x{number}" for number in itertools.count())
+
+        def axes_of(array: Any, is_batched: bool) -> str:
+            return " ".join(["v"] * is_batched + [next(letters) for _ in range(array.ndim - is_batched)])
+
+        def partition(mesh: Any, placed: Any, out: Any) -> tuple[Any, ...]:
+            del out
+            spec = placed[batched.index(True)].sharding.spec
+            names = _names(spec[0] if len(spec) else None)
+            names = names if size % math.prod(mesh.shape[name] for name in names) == 0 else ()
+            operand_places = tuple(_placed(mesh, names, 0 if is_batched else None) for is_batched in batched)
+            return mesh, over_batch, tuple(_placed(mesh, names, 0) for _ in results), operand_places
+
+        left = ", ".join(axes_of(*pair) for pair in zip(operands, batched, strict=True))
+        right = ", ".join(axes_of(result, True) for result in results)
+        call.def_partition(partition=partition, sharding_rule=f"{left} -> {right}")
+        return _mapped(call, over_batch)(*operands), tuple(True for _ in results)
+
+    return mapped

@@ -29,11 +29,13 @@ class Loop:
       instances: True if the weight differs between them (stacked layers, shards of a weight: one memory each), False if
         it is the same one (time steps, shards of the batch: one memory).
       mesh_axis: Name of the devices' axis; "" for a scan.
+      sharded: Whether either operand differs between the devices of that axis.
     """
 
     length: int
     instances: bool
     mesh_axis: str = ""
+    sharded: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,11 +88,19 @@ def discover(jaxpr: _compat.ClosedJaxpr, sources: Sequence[Source]) -> list[Foun
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _At:
-    """Where the walk is: the place, the loops around it with their lengths, and why it is sealed, if it is."""
+    """Where the walk is.
+
+    Attributes:
+      place: The indices of the equations that lead there.
+      loops: The loops around, outermost first, with their lengths.
+      sealed: Why nothing there can be given a rule ("" if it can).
+      typed: Whether types say what differs between the devices of the `shard_map` around.
+    """
 
     place: Place = ()
     loops: tuple[tuple[_sources.Loop, int], ...] = ()
     sealed: str = ""
+    typed: bool = False
 
     def inside(self, number: int) -> _At:
         """Return the place of the equation or body of that number."""
@@ -116,6 +126,15 @@ _MADE_ALIKE = frozenset({"psum", "psum_invariant", "pmax", "pmin", "all_gather",
 
 def _keeps_its_own(eqn: _compat.JaxprEqn) -> str:
     return f"inside {eqn.primitive.name}, which keeps its own derivative"
+
+
+def _loop(loop: _sources.Loop, length: int, weight: Source, both: Source, typed: frozenset[str] | None) -> Loop:
+    """Return a loop as a contraction sees it; where JAX itself follows what differs between devices, as JAX does."""
+    axis, sharded = loop[1], bool(loop[1]) and loop in both.varies
+    instances = loop in weight.varies
+    if axis and typed is not None:
+        sharded, instances = axis in typed, instances and axis in typed
+    return Loop(length=length, instances=instances, mesh_axis=axis, sharded=sharded)
 
 
 class _Walk:
@@ -181,7 +200,8 @@ class _Walk:
             lhs_source=inputs[0],
             rhs_source=inputs[1],
             loops=tuple(
-                Loop(length=length, instances=loop in weight.varies, mesh_axis=loop[1]) for loop, length in at.loops
+                _loop(*loop, weight, union(inputs[:2]), _compat.varying_axes(eqn.invars[:2]) if at.typed else None)
+                for loop in at.loops
             ),
             sealed=at.sealed,
         )
@@ -210,6 +230,7 @@ class _Walk:
         """Walk a body that runs on every device: what a specification cuts up differs from one to the next."""
         sizes = _compat.new_mesh_axes(eqn.params)
         inner = at.within(*(((at.place, axis), size) for axis, size in sizes.items()))
+        inner = dataclasses.replace(inner, typed=eqn.params["check_vma"])
         if any(loop[1] for loop, _ in at.loops):
             inner = inner.sealed_by("inside a shard_map within a shard_map")
         arguments = [

@@ -141,33 +141,35 @@ class _Evaluator:
     ) -> list[Any]:
         """A memory that devices share is whole on each; one for each device is cut up on its leading axes."""
         params = eqn.params
-        axes = list(_compat.new_mesh_axes(params))
-        own = {p: [axis.mesh_axis for axis in self._axes(p, depth, axes) if axis.instances] for p in states}
-        specs = {p: jax.tree.map(lambda _, p=p: PartitionSpec(*own[p]), state) for p, state in states.items()}
+        width = len(_compat.new_mesh_axes(params))
+        axes = {p: self.loops[p][depth : depth + width] for p in states}
+        specs = {
+            p: jax.tree.map(
+                lambda _, p=p: PartitionSpec(*(axis.mesh_axis for axis in axes[p] if axis.instances)), state
+            )
+            for p, state in states.items()
+        }
 
         def body(arguments: list[Any], states: States) -> list[Any]:
-            mine = {
-                p: jax.tree.map(lambda leaf, p=p: _of_device(leaf, own[p], axes), state) for p, state in states.items()
-            }
-            return self.closed(_compat.closed(params["jaxpr"]), arguments, place, depth + len(axes), mine)
+            mine = {p: jax.tree.map(lambda leaf, p=p: _of_device(leaf, axes[p]), state) for p, state in states.items()}
+            return self.closed(_compat.closed(params["jaxpr"]), arguments, place, depth + width, mine)
 
         mapped = _compat.shard_map_like(params, body, (list(params["in_specs"]), specs))
         return mapped(inputs, states)
-
-    def _axes(self, place: Place, depth: int, axes: list[str]) -> tuple[Loop, ...]:
-        return self.loops[place][depth : depth + len(axes)]
 
 
 def _under(states: States, place: Place) -> States:
     return {p: state for p, state in states.items() if p[: len(place)] == place}
 
 
-def _of_device(leaf: jax.Array, own: list[str], axes: list[str]) -> jax.Array:
+def _of_device(leaf: jax.Array, axes: tuple[Loop, ...]) -> jax.Array:
     """Return a device's own part of a leaf; where devices share a key, each draws with one made from it."""
-    mine = leaf.reshape(leaf.shape[len(own) :])
-    for axis in axes:
-        if axis not in own and _compat.is_key(mine):
-            mine = jax.vmap(jax.random.fold_in, (0, None))(mine.reshape(-1), lax.axis_index(axis)).reshape(mine.shape)
+    mine = leaf.reshape(leaf.shape[sum(axis.instances for axis in axes) :])
+    if _compat.is_key(mine):
+        for axis in axes:
+            if axis.sharded and not axis.instances:
+                device = lax.axis_index(axis.mesh_axis)
+                mine = jax.vmap(jax.random.fold_in, (0, None))(mine.reshape(-1), device).reshape(mine.shape)
     return mine
 
 

@@ -178,7 +178,7 @@ def _site(name: str, found: Found, plan: Plan) -> Site:
     if sparsifier is not None and sparsifier.per_shard is not None and any(loop.mesh_axis for loop in loops):
         # Each device has a state of its own, whether or not they share the weight.
         sparsifier = sparsifier.per_shard
-        loops = tuple(dataclasses.replace(loop, instances=loop.instances or bool(loop.mesh_axis)) for loop in loops)
+        loops = tuple(dataclasses.replace(loop, instances=loop.instances or loop.sharded) for loop in loops)
     reason = found.sealed or reason
     if reason:
         pass

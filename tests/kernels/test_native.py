@@ -150,7 +150,19 @@ def test_rows_sharded_under_jit_stay_where_they_are(group, by_slot):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
     text = step.lower(*spread).compile().as_text()
     found = {word for word in COLLECTIVES if word in text}
-    assert found == ({"all-reduce"} if group in (1, 4, 8) else {"all-gather"})
+    assert found == ({"all-reduce"} if group in (1, 4, 8, None) else {"all-gather"})
+
+
+@native
+def test_blocks_of_rows_that_choose_for_themselves_need_nothing_from_one_another():
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    u, memory = random_gradient(0, 64, 80).reshape(8, 8, 80), random_gradient(3, 8, 80)
+    spread = [jax.device_put(a, NamedSharding(mesh, PartitionSpec("rows"))) for a in (u, memory)]
+    step = jax.jit(jax.vmap(lambda u, m: kernels.select_with_memory(u, m, 0.5, 7, None, backend="native")))
+    for got, want in zip(jax.tree.leaves(step(*spread)), jax.tree.leaves(step(u, memory)), strict=True):
+        np.testing.assert_array_equal(got, want)
+    text = step.lower(*spread).compile().as_text()
+    assert not any(word in text for word in COLLECTIVES)
 
 
 HASH = """

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from msbp_jax.formats import Columns
 from msbp_jax.kernels import _native_calls
+from msbp_jax.kernels.select import xla
 
 
 def select(cotangent: Float[Array, "rows n"], k: int, rows_per_group: int | None) -> Columns:
@@ -17,5 +21,13 @@ def select(cotangent: Float[Array, "rows n"], k: int, rows_per_group: int | None
     groups = -(-rows // r)
     results = [((groups, r, k), cotangent.dtype), ((groups, k), jnp.int32)]
     split = ("select", rows, r)
-    values, index = _native_calls.call("select", [cotangent], results, split=split, k=k, rows_per_group=r)
+    together = functools.partial(_together, k)
+    values, index = _native_calls.call(
+        "select", [cotangent], results, split=split, choose_together=together, k=k, rows_per_group=r
+    )
     return Columns(values, index, (rows, n))
+
+
+def _together(k: int, names: tuple[str, ...], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    p = xla.select_over(names, cotangent, k)
+    return p.values, p.index

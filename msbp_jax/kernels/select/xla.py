@@ -14,3 +14,10 @@ def select(cotangent: Float[Array, "rows n"], k: int, rows_per_group: int | None
     magnitude = jnp.abs(cotangent).astype(accumulation_dtype(cotangent.dtype))
     index = lax.top_k(group_rows(magnitude, rows_per_group).sum(axis=1), k)[1]
     return take_columns(cotangent, index, rows_per_group)
+
+
+def select_over(names: tuple[str, ...], cotangent: Float[Array, "rows n"], k: int) -> Columns:
+    """Choose once for rows spread over devices: the scores, n numbers, are summed over the mesh axes `names`."""
+    scores = jnp.abs(cotangent).astype(accumulation_dtype(cotangent.dtype)).sum(axis=0)
+    index = jnp.sort(lax.top_k(lax.psum(scores, names), k)[1])  # the order that native code returns
+    return take_columns(cotangent, index[None], None)
