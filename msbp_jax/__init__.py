@@ -5,6 +5,7 @@ In the order of the data's path: wrap a model, choose what its backward propagat
 
 from importlib import metadata as _metadata
 
+from msbp_jax import nnx as nnx
 from msbp_jax import testing as testing
 from msbp_jax.formats import Columns as Columns
 from msbp_jax.formats import Dense as Dense
@@ -18,15 +19,19 @@ from msbp_jax.sparsifiers import dense as dense
 from msbp_jax.sparsifiers import random_k as random_k
 from msbp_jax.sparsifiers import top_k as top_k
 from msbp_jax.training import Diagnosis as Diagnosis
+from msbp_jax.training import DynamicScale as DynamicScale
+from msbp_jax.training import ScaledStep as ScaledStep
 from msbp_jax.training import SiteDiagnosis as SiteDiagnosis
 from msbp_jax.training import TrainState as TrainState
 from msbp_jax.training import diagnose as diagnose
 from msbp_jax.training import train_step as train_step
 from msbp_jax.training import value_and_grad as value_and_grad
 from msbp_jax.transform import DenseRow as DenseRow
+from msbp_jax.transform import Memory as Memory
 from msbp_jax.transform import Report as Report
 from msbp_jax.transform import SparseFunction as SparseFunction
 from msbp_jax.transform import SparseModule as SparseModule
+from msbp_jax.transform import SparseNNXModule as SparseNNXModule
 from msbp_jax.transform import SparseRow as SparseRow
 from msbp_jax.transform import sparse_vjp as sparse_vjp
 

@@ -66,5 +66,10 @@ def is_array(leaf: Any) -> bool:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """Return a pytree path as it names a site: `Dense_0/kernel`; `params` for a bare array."""
+    """Return a pytree path as it names a site: `Dense_0/kernel`; `params` for a bare array.
+
+    An NNX Variable is a node of its own, whose only child is called "value": that goes without saying.
+    """
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/") or "params"

@@ -116,6 +116,32 @@ def varying_everywhere(array: Any) -> Any:
     return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
+def with_automatic_sharding(function: Any, arguments: Any, results: Any) -> Any:
+    """Return `function(*arguments)`, leaving to XLA how arrays inside are sharded, also on a mesh of explicit axes.
+
+    Args:
+      function: What is called.
+      arguments: Its arguments.
+      results: A pytree like its result, of arrays sharded as the result is to be; None for whole arrays.
+    """
+    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(arguments)]
+    explicit = next((mesh for mesh in meshes if mesh.explicit_axes), None)
+    if explicit is None:
+        return function(*arguments)
+
+    def sharding(like: Any) -> Any:
+        return jax.sharding.PartitionSpec() if like is None else jax.typeof(like).sharding.spec
+
+    specs = jax.tree.map(sharding, results, is_leaf=lambda leaf: leaf is None)
+    with jax.sharding.use_abstract_mesh(explicit):
+        return jax.sharding.auto_axes(function, out_sharding=specs)(*arguments)
+
+
+def no_mesh() -> Any:
+    """Return a context in which types say nothing of meshes: what runs on a device by itself knows of none."""
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
 def new_mesh_axes(params: dict[str, Any]) -> dict[str, int]:
     """Return the axes of the devices that a `shard_map` equation runs over, with their sizes, in the mesh's order."""
     mesh, new = params["mesh"], params["newly_manual_axes"]

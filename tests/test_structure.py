@@ -27,9 +27,17 @@ STAGES = [
     "rules",
     "transform",
     "training",
+    "nnx",
     "testing",
 ]
-FLAX = {"transform/_linen.py", "training/_train_state.py", "demo/model.py"}
+FLAX = {
+    "transform/_linen.py",
+    "transform/_nnx.py",
+    "training/_train_state.py",
+    "training/_dynamic_scale.py",
+    "nnx.py",
+    "demo/model.py",
+}
 
 
 def imports(path):

@@ -97,7 +97,13 @@ def partitioned(
         if rows % (shards if one_group else shards * group):
             names, shards = (), 1
         placed = [[_placed(mesh, names, axis) for axis in axes] for axes in (cut.result_axes, cut.operand_axes)]
-        return mesh, lower(names, shards), tuple(placed[0]), tuple(placed[1])
+        local = lower(names, shards)
+
+        def lowered(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+            with _compat.no_mesh():
+                return local(*arrays)
+
+        return mesh, lowered, tuple(placed[0]), tuple(placed[1])
 
     function.def_partition(partition=partition, sharding_rule=cut.sharding_rule)
     return _mapped(function, whole)

@@ -12,15 +12,21 @@ import jax.numpy as jnp
 from msbp_jax import _compat
 from msbp_jax._checks import check_parameters
 from msbp_jax.rules import Tracker
+from msbp_jax.training._microbatches import Step, check_microbatches, in_microbatches
 
 
-def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:
+def value_and_grad(
+    loss_fn: Callable[..., Any], *, has_aux: bool = False, microbatches: int | None = None
+) -> Callable[..., Any]:
     """Turn a loss into a function that returns its value, its gradients and the new memory.
 
     Args:
       loss_fn: `loss_fn(params, memory, *args, **kwargs)`, returning a real scalar, or `(scalar, aux)` with `has_aux`.
         It passes the memory on to the wrapped models it calls.
       has_aux: Whether `loss_fn` returns something besides the loss.
+      microbatches: Into how many equal parts to cut the batch, one backward each: every array in `args` and `kwargs` is
+        cut along its leading axis, a PRNG key is split, and anything else is passed on. Losses and gradients are the
+        means over the parts, `aux` is stacked, and the memory goes from one part to the next.
 
     Returns:
       A function of the same arguments that returns `(loss, grads, memory)`, or `((loss, aux), grads, memory)`. `grads`
@@ -30,7 +36,7 @@ def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Cal
 
     Raises:
       TypeError: `params` are not floating arrays; the loss is not a real scalar.
-      ValueError: `params` has no leaves.
+      ValueError: `params` has no leaves; `microbatches` does not divide a leading axis.
 
     Example:
       >>> import jax.numpy as jnp, msbp_jax as msbp
@@ -39,11 +45,20 @@ def value_and_grad(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Cal
       >>> loss_fn = lambda w, memory, x: (f(w, x, memory=memory) ** 2).mean()
       >>> loss, grads, memory = msbp.value_and_grad(loss_fn)(w, f.init_memory(w, x), x)
     """
+    count = check_microbatches(microbatches)
+
+    def step(params: Any, memory: Any, carried: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
+        value, grads, memory, _ = differentiate(loss_fn, has_aux, Tracker(), params, memory, args, kwargs)
+        value, aux = value if has_aux else (value, None)
+        return Step(value, aux, grads, memory, carried)
 
     @functools.wraps(loss_fn)
     def wrapped(params: Any, memory: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        value, grads, memory, _ = differentiate(loss_fn, has_aux, Tracker(), params, memory, args, kwargs)
-        return value, grads, memory
+        if count is None:
+            done = step(params, memory, None, args, kwargs)
+        else:
+            done = in_microbatches(step, count, params, memory, None, args, kwargs)
+        return ((done.value, done.aux) if has_aux else done.value), done.grads, done.memory
 
     return wrapped
 

@@ -2,6 +2,8 @@
 
 from msbp_jax.transform._function import SparseFunction as SparseFunction
 from msbp_jax.transform._linen import SparseModule as SparseModule
+from msbp_jax.transform._nnx import Memory as Memory
+from msbp_jax.transform._nnx import SparseNNXModule as SparseNNXModule
 from msbp_jax.transform._report import DenseRow as DenseRow
 from msbp_jax.transform._report import Report as Report
 from msbp_jax.transform._report import SparseRow as SparseRow

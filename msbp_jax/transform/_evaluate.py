@@ -143,12 +143,8 @@ class _Evaluator:
         params = eqn.params
         width = len(_compat.new_mesh_axes(params))
         axes = {p: self.loops[p][depth : depth + width] for p in states}
-        specs = {
-            p: jax.tree.map(
-                lambda _, p=p: PartitionSpec(*(axis.mesh_axis for axis in axes[p] if axis.instances)), state
-            )
-            for p, state in states.items()
-        }
+        own = {p: PartitionSpec(*(axis.mesh_axis for axis in axes[p] if axis.instances)) for p in states}
+        specs = {p: jax.tree.map(lambda _, p=p: own[p], state) for p, state in states.items()}
 
         def body(arguments: list[Any], states: States) -> list[Any]:
             mine = {p: jax.tree.map(lambda leaf, p=p: _of_device(leaf, axes[p]), state) for p, state in states.items()}

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import flax.nnx as nnx
 import jax
 
 from msbp_jax.sparsifiers._base import State
@@ -130,8 +129,3 @@ def _split(variables: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 def is_linen(target: Any) -> bool:
     """Whether `target` is a Linen module."""
     return isinstance(target, nn.Module)
-
-
-def is_nnx(target: Any) -> bool:
-    """Whether `target` is an NNX module."""
-    return isinstance(target, nnx.Module)

@@ -143,22 +143,28 @@ def check_memory(memory: Any, sites: Sequence[Site]) -> None:
             f"it lacks the sites {missing or 'none'} and has the unknown sites {unknown or 'none'}. "
             "Make it with init_memory of the same wrapped model."
         )
-    for name, wanted in expected.items():
-        given = unwrap(memory[name])[0]
-        structures: list[Any] = [jax.tree.structure(tree) for tree in (wanted, given)]
-        if structures[0] != structures[1]:
-            raise ValueError(
-                f"memory of site {name} has another structure: expected {structures[0]}, got {structures[1]}. "
-                "Make it with init_memory of the same wrapped model."
-            )
-        for want, have in zip(jax.tree.leaves(wanted), jax.tree.leaves(given), strict=True):
-            shape, dtype = getattr(have, "shape", None), getattr(have, "dtype", None)
-            if want.shape != shape or want.dtype != dtype:
-                raise ValueError(
-                    f"memory of site {name} has shape {shape} and dtype {dtype}, expected {want.shape} and "
-                    f'{want.dtype}. It comes from another model or, with reduce="slot", from another batch size: '
-                    "make it with init_memory of the same wrapped model and arguments of these shapes."
-                )
+    differences = [line for name, wanted in expected.items() for line in _differences(name, wanted, memory[name])]
+    if differences:
+        raise ValueError(
+            "\n  ".join(["memory is of other shapes than this model, plan and batch:", *differences])
+            + '\nIt comes from another model or plan or, with reduce="slot" or "local", from another batch size or '
+            "number of devices: make it with init_memory of the same wrapped model and arguments of these shapes."
+        )
+
+
+def _differences(name: str, wanted: State, given: State) -> list[str]:
+    """Say what differs between the state that a site needs and the one that it is given, a line each."""
+    given = unwrap(given)[0]
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (wanted, given)]
+    if structures[0] != structures[1]:
+        return [f"memory of site {name} has another structure: expected {structures[0]}, got {structures[1]}."]
+    pairs = zip(jax.tree.leaves(wanted), jax.tree.leaves(given), strict=True)
+    return [
+        f"memory of site {name} has shape {getattr(have, 'shape', None)} and dtype {getattr(have, 'dtype', None)}, "
+        f"expected {want.shape} and {want.dtype}."
+        for want, have in pairs
+        if (want.shape, want.dtype) != (getattr(have, "shape", None), getattr(have, "dtype", None))
+    ]
 
 
 def _name(found: Found, parameters: Sequence[tuple[str, int]]) -> str:

@@ -19,7 +19,8 @@ from typing import Any
 from msbp_jax import kernels
 from msbp_jax.sparsifiers import Sparsifier
 from msbp_jax.transform._function import SparseFunction
-from msbp_jax.transform._linen import SparseModule, is_linen, is_nnx
+from msbp_jax.transform._linen import SparseModule, is_linen
+from msbp_jax.transform._nnx import SparseNNXModule, is_nnx
 from msbp_jax.transform._plan import make_plan
 
 
@@ -32,17 +33,19 @@ def sparse_vjp(
 ) -> Any:
     r"""Wrap a model or a function so that its backward propagates only the important part of each gradient.
 
-    For every contraction `y = x w` of a parameter with data, and `g = dL/dy`,
+    For every contraction `y = x w` of a parameter with data (matrix products, convolutions, ragged products), and
+    `g = dL/dy`,
 
         u = g + m,   p = S(u),   dx = p wᵀ,   dw = xᵀ p,   m' = decay R(u - p),
 
     where `S` is the sparsifier and `m` its memory, if it has one. The forward is untouched, and so are biases,
-    everything elementwise, and contractions without a parameter. Contractions are found inside jit, scan, cond, remat
-    and vmap; bodies of `while` and functions with a derivative rule of their own are left alone, and named in the
-    report.
+    everything elementwise, and contractions without a parameter. Contractions are found inside jit, scan, cond,
+    remat, vmap and shard_map; bodies of `while` and functions with a derivative rule of their own are left alone, and
+    named in the report.
 
     Args:
-      target: A Flax Linen module, or a function `f(params, *args)` whose first argument is a pytree of floating arrays.
+      target: A Flax module (Linen or NNX), or a function `f(params, *args)` whose first argument is a pytree of
+        floating arrays.
       plan: A sparsifier for all sites, or a mapping from shell-style patterns over site names to sparsifiers, of which
         the first match wins; sites that no pattern matches stay dense. Sites are named by the path of their parameter.
       min_features: Sites with fewer output features stay dense; there is little to choose from and nothing to gain.
@@ -50,10 +53,11 @@ def sparse_vjp(
 
     Returns:
       For a Linen module, an object with its `init`, and with `apply`, `init_memory` and `report`. For a function, a
-      function with `init_memory` and `report`. Both take `memory=`.
+      function with `init_memory` and `report`. Both take `memory=`. For an NNX module, a module that is called as
+      before and keeps its memory in `msbp.Memory` Variables; `init_memory` makes them.
 
     Raises:
-      TypeError: `target` is not a Linen module or a function, or the plan not of sparsifiers.
+      TypeError: `target` is not a module or a function, or the plan not of sparsifiers.
       ValueError: The plan is empty, `min_features < 1`, or `backend` unknown.
 
     Example:
@@ -79,11 +83,7 @@ def sparse_vjp(
     if is_linen(target):
         return SparseModule(target, checked, backend)
     if is_nnx(target):
-        raise TypeError(
-            "sparse_vjp does not take NNX modules yet. Wrap a function of the split model instead: graphdef, params, "
-            "rest = nnx.split(model, nnx.Param, ...), then sparse_vjp(lambda params, rest, x: nnx.merge(graphdef, "
-            "params, rest)(x), plan)."
-        )
+        return SparseNNXModule(target, checked, backend)
     if not callable(target) or isinstance(target, type):
-        raise TypeError(f"sparse_vjp wraps a Flax Linen module or a function f(params, *args), got {target!r}.")
+        raise TypeError(f"sparse_vjp wraps a Flax module or a function f(params, *args), got {target!r}.")
     return SparseFunction(target, checked, backend)
