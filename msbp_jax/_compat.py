@@ -109,13 +109,6 @@ def varying_alike(arrays: Any) -> tuple[list[Any], bool, Any]:
     return alike, bool(together), result
 
 
-def varying_everywhere(array: Any) -> Any:
-    """Return an array as one that varies over all mesh axes of the `shard_map` around, if there is one."""
-    own = jax.typeof(array).manual_axis_type.varying
-    missing = tuple(axis for axis in jax.sharding.get_abstract_mesh().manual_axes if axis not in own)
-    return jax.lax.pcast(array, missing, to="varying") if missing else array
-
-
 def with_automatic_sharding(function: Any, arguments: Any, results: Any) -> Any:
     """Return `function(*arguments)`, leaving to XLA how arrays inside are sharded, also on a mesh of explicit axes.
 

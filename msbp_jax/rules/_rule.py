@@ -72,15 +72,15 @@ def _backward(
 ) -> tuple[tuple[Any, None], dict[Any, Any] | None]:
     operands, state = residuals
     lhs, rhs, *_ = operands
-    left = [leaf if to_log(leaf) is leaf else None for leaf in jax.tree.leaves(state)]
-    extra = {"dw": lhs if rule.side == "lhs" else rhs, "density": None} if rule.observe else {}
+    left: list[Any] = [leaf if to_log(leaf) is leaf else None for leaf in jax.tree.leaves(state)]
+    extra: dict[str, Any] = {"dw": lhs if rule.side == "lhs" else rhs, "density": None} if rule.observe else {}
     dlhs, drhs, log = _compat.with_automatic_sharding(
         functools.partial(_products, dataclasses.replace(rule, key=None)),
         (operands, state, g),
         (lhs, rhs, SiteLog(left, extra)),
     )
     cotangents = (dlhs, drhs, *(None for _ in operands[2:]))
-    return (cotangents, None), None if rule.key is None else {rule.key: jax.tree.map(_compat.varying_everywhere, log)}
+    return (cotangents, None), None if rule.key is None else {rule.key: log}
 
 
 @functools.partial(jax.jit, static_argnums=0)  # layers of one shape are traced and lowered once

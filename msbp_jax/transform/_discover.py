@@ -30,12 +30,14 @@ class Loop:
         it is the same one (time steps, shards of the batch: one memory).
       mesh_axis: Name of the devices' axis; "" for a scan.
       sharded: Whether either operand differs between the devices of that axis.
+      logged: Whether what is logged inside leaves with an entry for each iteration or device.
     """
 
     length: int
     instances: bool
     mesh_axis: str = ""
     sharded: bool = False
+    logged: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +136,8 @@ def _loop(loop: _sources.Loop, length: int, weight: Source, both: Source, typed:
     instances = loop in weight.varies
     if axis and typed is not None:
         sharded, instances = axis in typed, instances and axis in typed
-    return Loop(length=length, instances=instances, mesh_axis=axis, sharded=sharded)
+    logged = not axis or sharded or typed is None
+    return Loop(length=length, instances=instances, mesh_axis=axis, sharded=sharded, logged=logged)
 
 
 class _Walk:

@@ -69,9 +69,10 @@ class Program:
         assert site.operation is not None
         key = None
         if tracker is not None:
-            axes = "".join("i" if loop.instances else "s" for loop in site.loops)
+            loops = [loop for loop in site.loops if loop.logged]
+            axes = "".join("i" if loop.instances else "s" for loop in loops)
             ranks = tuple(logged_rank(leaf) - axes.count("i") for leaf in jax.tree.leaves(state))
-            mesh = tuple((number, loop.length) for number, loop in enumerate(site.loops) if loop.mesh_axis)
+            mesh = tuple((number, loop.length) for number, loop in enumerate(loops) if loop.mesh_axis)
             key = tracker.key(site.name, leaves, ranks, axes, mesh)
         return Rule(
             operation=site.operation,
