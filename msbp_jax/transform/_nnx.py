@@ -32,12 +32,12 @@ class SparseNNXModule(nnx.Module):
 
     Attributes:
       module: The module that was wrapped.
-      memory: A `Memory` for each sparse site, by its name; empty before `init_memory`.
+      memory: A `Memory` for each sparse site, by its name; None before `init_memory`.
     """
 
     def __init__(self, module: nnx.Module, plan: Plan, backend: str | None) -> None:
         self.module = module
-        self.memory: dict[str, Memory] = nnx.data({})
+        self.memory: dict[str, Memory] | None = nnx.data(None)
         self._plan = plan
         self._backend = backend
 
@@ -55,7 +55,7 @@ class SparseNNXModule(nnx.Module):
           ValueError: It is seen to be differentiated before `init_memory` was called, or the memory is of other shapes.
         """
         graphdef, params, rest = _parts(self.module)
-        if not self.memory:
+        if self.memory is None:
             self._check_not_differentiated((params, rest, args, kwargs))
             return self.module(*args, **kwargs)
         memory = {name: variable.get_value() for name, variable in self.memory.items()}

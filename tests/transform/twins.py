@@ -4,7 +4,10 @@
 plain JAX then computes exactly what the sparse rule claims to.
 """
 
+import contextlib
 import functools
+import importlib
+from unittest import mock
 
 import chex
 import jax
@@ -48,12 +51,58 @@ def assert_trees_equal(a, b):
     chex.assert_trees_all_equal(a, b, strict=True)
 
 
-def assert_trees_close(a, b, rtol=2e-5):
-    """Assert that two pytrees agree up to the rounding of a sum, relative to their largest entry."""
+def assert_trees_close(a, b, rtol=2e-5, floor=1e-30):
+    """Assert that two pytrees agree up to the rounding of a sum, relative to their largest entry, or to `floor`."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
 
     def close(x, y):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * max(1e-30, np.abs(y).max()))
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * max(floor, np.abs(y).max(initial=0)))
 
     jax.tree.map(close, a, b)
+
+
+@contextlib.contextmanager
+def masked_contractions(k, group, probes):
+    """Within it, every matrix product and convolution without batch axes masks the cotangent of its output.
+
+    `probes` maps a right operand's shape to a pair of zeros, one for each output feature: what is added to the output
+    above and below the mask, so that their gradients are the sums over rows of the cotangent before and after it.
+    JAX's own functions are replaced, and its caches emptied, so that nothing of the library is needed.
+    """
+    internal = [importlib.import_module(f"jax._src.lax.{name}") for name in ("lax", "convolution")]
+    plain_dot, plain_conv = internal[0].dot_general, internal[1].conv_general_dilated
+
+    def marked(y, rows, shape):
+        above, below = probes.get(shape, (0.0, 0.0))
+        flat = y.reshape(rows, -1)
+        return (masked(flat + below, k, group) + above).reshape(y.shape)
+
+    def with_weight_first(y, lhs, free):
+        out = jnp.moveaxis(y, range(free), range(-free, 0))
+        rows = y.size // int(np.prod(y.shape[:free]))
+        return jnp.moveaxis(marked(out, rows, lhs.shape), range(-free, 0), range(free))
+
+    def dot(lhs, rhs, dimension_numbers, *args, **kwargs):
+        y = plain_dot(lhs, rhs, dimension_numbers, *args, **kwargs)
+        (contracted, _), (batch, _) = dimension_numbers
+        if len(batch) or y.size == 0:
+            return y
+        if rhs.shape not in probes and lhs.shape in probes:
+            return with_weight_first(y, lhs, lhs.ndim - len(contracted))
+        return marked(y, int(np.prod(y.shape[: lhs.ndim - len(contracted)])), rhs.shape)
+
+    def conv(lhs, rhs, *args, **kwargs):
+        y = plain_conv(lhs, rhs, *args, **kwargs)
+        return marked(y, y.size // y.shape[-1], rhs.shape)  # features last, as Flax has them
+
+    einsum = functools.partial(jnp.einsum, _dot_general=dot)
+    jax.clear_caches()
+    patches = [mock.patch.object(module, "dot_general", dot) for module in (internal[0], jax.lax)]
+    patches += [mock.patch.object(module, "conv_general_dilated", conv) for module in (internal[1], jax.lax)]
+    patches.append(mock.patch.object(jnp, "einsum", einsum))
+    with contextlib.ExitStack() as stack, jax.numpy_rank_promotion("allow"):
+        for patch in patches:
+            stack.enter_context(patch)
+        yield {"dot_general": dot, "conv_general_dilated": conv, "einsum_op": einsum}
+    jax.clear_caches()
