@@ -13,6 +13,8 @@ steps       whole training steps: networks, optimizers, the bound of Amdahl's la
 memory      what a compiled step holds at its peak
 choice      every path of the products on a grid, and what the automatic choice takes of it
 compile     tracing and compiling a 12-layer step
+conv        backward of convolutions of a ResNet-18
+transformer a training step of a larger transformer at density 0.1
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import choice, compile_time, layers, steps, tables
+from benchmarks import choice, compile_time, convolutions, layers, steps, tables
 from benchmarks.peers import Torch
 
 ROUNDS = {
@@ -37,6 +39,8 @@ ROUNDS = {
     "memory": 1,
     "choice": 7,
     "compile": 5,
+    "conv": 7,
+    "transformer": 5,
 }
 
 
@@ -63,6 +67,8 @@ def main() -> None:
         "memory": lambda rounds: steps.measure_memory(),
         "choice": choice.measure,
         "compile": compile_time.measure,
+        "conv": convolutions.measure,
+        "transformer": steps.measure_transformer,
     }
     for part in args.parts or ROUNDS:
         print(f"\n## {part}", flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -98,7 +98,16 @@ def settings() -> list[Setting]:
     return out
 
 
-def problem(setting: Setting, sparsifier: msbp.Sparsifier | None) -> tuple[Callable[..., Any], Any, Any]:
+def large_transformer() -> Setting:
+    """Return a transformer of 4 layers, 512 wide, on 16 sequences of 256 tokens."""
+    tokens = jax.random.randint(jax.random.key(5), (16, 257), 0, 256)
+    module = Transformer(vocabulary=256, width=512, layers=4, heads=8)
+    return Setting("transformer 4 x 512, 16 x 256 tokens", module, tokens[:, :-1], tokens[:, 1:], 128)
+
+
+def problem(
+    setting: Setting, sparsifier: msbp.Sparsifier | Mapping[str, msbp.Sparsifier] | None
+) -> tuple[Callable[..., Any], Any, Any]:
     """Return (gradients, params, memory) of a network; without a sparsifier, gradients are those of plain JAX.
 
     `gradients(params, memory, x, y) -> (loss, grads, memory)`.

@@ -12,7 +12,7 @@ import jax
 import optax
 
 import msbp_jax as msbp
-from benchmarks.models import Setting, loss_of, problem, settings, step_of
+from benchmarks.models import Setting, large_transformer, loss_of, problem, settings, step_of
 from benchmarks.peers import Torch
 from benchmarks.timing import Timed, medians, timed, training
 
@@ -60,6 +60,27 @@ def measure_steps(rounds: int, torch: Torch) -> list[dict[str, Any]]:
             table.append(row)
             print(row, flush=True)
     return table
+
+
+def measure_transformer(rounds: int) -> list[dict[str, Any]]:
+    """Return the ratios of a step of a transformer at density 0.1, and the same with the attention left dense."""
+    setting, tx = large_transformer(), optax.adam(1e-3)
+    top_k = msbp.top_k(density=0.1, rows_per_group=setting.rows_per_group)
+    memorized = msbp.memorized(top_k, decay=DECAY)
+    plans: dict[str, Any] = {"dense": None, "top-k": top_k, "MSBP": memorized, "MSBP, MLP only": {"Dense_*": memorized}}
+    calls: dict[str, Timed] = {}
+    for method, plan in plans.items():
+        gradients, params, memory = problem(setting, plan)
+        calls[method] = training(step_of(tx, gradients), (params, memory, tx.init(params)), setting.x, setting.y)
+    calls |= parts(setting, tx)
+    ms = medians(calls, rounds, warm_up=1)
+    row: dict[str, Any] = {"network": setting.name, "optimizer": "Adam", "r": setting.rows_per_group}
+    row |= {f"{name}_ms": round(ms[name], 1) for name in ("forward", "gradients", "dense", "MSBP")}
+    row |= {f"dense/{name}": round(ms["dense"] / ms[name], 2) for name in ("top-k", "MSBP", "MSBP, MLP only")}
+    backward = max(0.0, ms["gradients"] - ms["forward"])
+    row["bound"] = round(ms["dense"] / (ms["forward"] + ms["optimizer"] + 0.1 * backward), 2)
+    print(row, flush=True)
+    return [row]
 
 
 def parts(setting: Setting, tx: optax.GradientTransformation) -> dict[str, Timed]:

@@ -100,12 +100,12 @@ def predict(model: nnx.Module, x: jax.Array) -> jax.Array:
 def main(data: pathlib.Path | None = None, steps: int = 600, batch: int = 64, seed: int = 0) -> dict[str, float]:
     """Train the three, print the test accuracy of each, and return them."""
     (train_x, train_y), (test_x, test_y) = load(data)
-    top_k = msbp.top_k(density=0.25, rows_per_group=None)
+    top_k = msbp.top_k(density=0.5, rows_per_group=None)
     accuracies = {}
     for name, sparsifier in {
         "dense": msbp.dense(),
-        "top-k 25 %": top_k,
-        "MSBP 25 %": msbp.memorized(top_k, decay=0.2),
+        "top-k 50 %": top_k,
+        "MSBP 50 %": msbp.memorized(top_k, decay=0.2),
     }.items():
         model = msbp.sparse_vjp(CNN(train_x.shape[-1], nnx.Rngs(seed)), sparsifier)
         model.init_memory(jax.ShapeDtypeStruct((batch, *train_x.shape[1:]), jnp.float32))

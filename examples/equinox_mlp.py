@@ -29,7 +29,7 @@ def main(steps: int = 300) -> list[float]:
     f = msbp.sparse_vjp(network, msbp.memorized(msbp.top_k(k=16, rows_per_group=16), decay=0.8))
     memory = f.init_memory(params, x)
     print(f.report(params, x))
-    tx = optax.adam(1e-3)
+    tx = optax.adam(3e-3)
     opt_state = tx.init(params)
 
     @jax.jit

@@ -41,7 +41,7 @@ def value_and_grad(
       >>> memory = model.init_memory(x)
       >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
       >>> loss, grads = msbp.nnx.value_and_grad(lambda model, x: (model(x) ** 2).mean())(model, x)
-      >>> optimizer.update(model, grads)
+      >>> _ = optimizer.update(model, grads)
     """
     count = check_microbatches(microbatches)
 

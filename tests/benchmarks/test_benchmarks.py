@@ -1,5 +1,6 @@
 """Every part of the benchmarks runs, small; what it measures is not looked at here."""
 
+import functools
 import importlib
 import json
 import sys
@@ -8,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import msbp_jax as msbp
 from benchmarks import __main__ as command
-from benchmarks import choice, gradients, layers, models, steps
+from benchmarks import choice, convolutions, gradients, layers, models, repeated_sites, steps
 from benchmarks.peers import Torch
 
 pytestmark = pytest.mark.caches
@@ -25,12 +27,18 @@ def _small(monkeypatch):
     monkeypatch.setattr(choice, "GROUPS", (1, None))
     x, y = jnp.ones((8, 784)), jnp.zeros(8, jnp.int32)
     small = [models.Setting("MLP", models.MLP(64, 3), x, y, 4, (64, 3, 8))]
+    monkeypatch.setattr(convolutions, "SHAPES", ((6, 16),))
+    monkeypatch.setattr(convolutions, "BATCH", 2)
+    monkeypatch.setattr(steps, "large_transformer", lambda: small[0])
     monkeypatch.setattr(steps, "settings", lambda: small)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
 
-@pytest.mark.parametrize("parts", [["layers", "layout"], ["select", "gradients", "memory"], ["steps"], ["choice"]])
+PARTS = [["layers", "layout"], ["select", "gradients", "memory"], ["steps", "conv", "transformer"], ["choice"]]
+
+
+@pytest.mark.parametrize("parts", PARTS)
 def test_every_part_but_compiling(parts, tmp_path, monkeypatch, capsys):
     extra = ["--fit"] if parts == ["choice"] else []
     monkeypatch.setattr(sys, "argv", ["benchmarks", *parts, "--rounds", "1", "--out", str(tmp_path), *extra])
@@ -40,7 +48,7 @@ def test_every_part_but_compiling(parts, tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / "results.json").read_text())
     assert set(result) == set(parts)
     assert all(result[part]["rows"] and result[part]["machine"]["jax"] for part in parts)
-    assert (tmp_path / "steps.png").exists() == (parts == ["steps"])
+    assert (tmp_path / "steps.png").exists() == ("steps" in parts)
     assert f"## {parts[0]}" in (tmp_path / "results.md").read_text()
 
 
@@ -59,6 +67,31 @@ def test_settings_and_gradients(monkeypatch):
     g = gradients.recorded(12, 72, steps=1)
     assert g.shape == (12, 72)
     assert float(jnp.abs(g).max()) > 0
+
+
+def test_repeated_sites(tmp_path, monkeypatch):
+    """With copies of the weights for each step there is a memory for each, and the loss is the same."""
+    monkeypatch.setattr(repeated_sites, "HIDDEN", 16)
+    monkeypatch.setattr(repeated_sites.lstm_tagger, "LENGTH", 4)
+    monkeypatch.setattr(repeated_sites, "accuracy", lambda f, data, count, seed: float(count))
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["repeated_sites", "--steps", "2", "--seeds", "1", "--out", str(out)])
+    repeated_sites.main()
+    assert len(json.loads(out.read_text())["variants"]) == 8
+    monkeypatch.undo()
+    monkeypatch.setattr(repeated_sites, "HIDDEN", 16)
+    data = repeated_sites.lstm_tagger.encode(*repeated_sites.lstm_tagger.load(None))
+    params = repeated_sites.init(jax.random.key(0), *data[2:])
+    words, suffixes = (data[0][name][:4] for name in ("words", "suffixes"))
+    for uses, shape in (("one", (64,)), ("each", (32, 64))):
+        f = msbp.sparse_vjp(
+            functools.partial(repeated_sites.tagger, steps=uses, tied=uses),
+            {"forward/*": msbp.memorized(msbp.top_k(k=3), decay=0.8)},
+            min_features=1,
+        )
+        assert f.init_memory(params, words, suffixes)["forward/w"].residual.shape == shape
+    f = msbp.sparse_vjp(functools.partial(repeated_sites.tagger, steps="one", tied=""), msbp.top_k(k=3), min_features=1)
+    assert 0 <= repeated_sites.accuracy(f, data, 1, 0) <= 100
 
 
 def test_the_worker_is_what_the_peers_run():

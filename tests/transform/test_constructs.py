@@ -1,4 +1,7 @@
-"""Every construct that the interpreter goes through, against a masked twin and against plain JAX."""
+"""Every construct that the interpreter goes through, against a masked twin and against plain JAX.
+
+Leaked tracers are looked for where a construct runs eagerly and compiled; elsewhere the search would cost minutes.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +121,7 @@ def sparse_gradients(f, params, x, memory=None, compiled=True):
 
 @construct
 @pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.caches
 def test_masked_twin(name, group):
     params, x = data()
     f = wrapped(name, msbp.top_k(k=K, rows_per_group=group))
@@ -130,6 +134,7 @@ def test_masked_twin(name, group):
 
 @construct
 @pytest.mark.parametrize("sparsifier", [msbp.dense(), msbp.top_k(k=N), msbp.memorized(msbp.top_k(density=1.0), 0.8)])
+@pytest.mark.caches
 def test_keeping_everything_is_plain_jax_bit_for_bit(name, sparsifier):
     params, x = data()
     f = wrapped(name, sparsifier)
@@ -141,6 +146,7 @@ def test_keeping_everything_is_plain_jax_bit_for_bit(name, sparsifier):
 
 
 @construct
+@pytest.mark.caches
 def test_decay_0_is_the_sparsifier_itself_bit_for_bit(name):
     params, x = data()
     s = msbp.top_k(k=K, rows_per_group=4)
@@ -164,6 +170,7 @@ def test_eager_and_plain_grad_agree_with_compiled(name):
 
 
 @construct
+@pytest.mark.caches
 def test_without_memory_it_is_the_plain_program(name):
     params, x = data()
     f = wrapped(name, msbp.memorized(msbp.top_k(k=K), decay=0.8))
@@ -173,6 +180,7 @@ def test_without_memory_it_is_the_plain_program(name):
 
 
 @construct
+@pytest.mark.caches
 def test_with_memory_the_forward_compiles_to_the_plain_program(name):
     params, x = data()
     f = wrapped(name, msbp.memorized(msbp.top_k(k=K), decay=0.8))
@@ -229,6 +237,7 @@ def test_a_second_step_does_not_compile(name):
 
 
 @construct
+@pytest.mark.caches
 def test_vmap_over_examples_and_over_models(name):
     """A vmap around the model chooses within each example; a vmap over models has a memory each."""
     params, x = data()
