@@ -83,7 +83,7 @@ def memorized(
     if ratio == 0:
         return sparsifier
     if reduce == "local":
-        return in_shards(memorized(sparsifier, ratio), shards, f'{sparsifier.name}, decay={ratio:g}, reduce="local"')
+        return _in_shards(memorized(sparsifier, ratio), shards, f'{sparsifier.name}, decay={ratio:g}, reduce="local"')
 
     def init(aval: jax.ShapeDtypeStruct) -> MemorizedState:
         shape = aval.shape if reduce == "slot" else aval.shape[1:]
@@ -108,7 +108,7 @@ def memorized(
     )
 
 
-def in_shards(sparsifier: Sparsifier, shards: int | None, name: str) -> Sparsifier:
+def _in_shards(sparsifier: Sparsifier, shards: int | None, name: str) -> Sparsifier:
     """Return a sparsifier that treats equal blocks of consecutive rows each for itself, with a state each.
 
     Args:
@@ -163,6 +163,6 @@ def in_shards(sparsifier: Sparsifier, shards: int | None, name: str) -> Sparsifi
         apply=apply,
         name=f"memorized({name})",
         is_identity=sparsifier.is_identity,
-        per_example=by_example and (lambda rows: in_shards(by_example(rows), shards, name)),
+        per_example=by_example and (lambda rows: _in_shards(by_example(rows), shards, name)),
         per_shard=sparsifier,
     )

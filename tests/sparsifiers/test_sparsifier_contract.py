@@ -34,6 +34,9 @@ TABLE = {
     "random_k rescaled": msbp.random_k(density=0.2, rescale=True, key=jax.random.key(3)),
     "memorized top_k": msbp.memorized(msbp.top_k(k=5, rows_per_group=5), decay=0.8),
     "memorized slot": msbp.memorized(msbp.top_k(k=5, rows_per_group=5), decay=0.8, reduce="slot"),
+    "memorized local": msbp.memorized(msbp.top_k(k=5, rows_per_group=None), decay=0.8, reduce="local", shards=1),
+    "top_k example": msbp.top_k(k=5, rows_per_group="example"),
+    "random_k example": msbp.random_k(k=5, rows_per_group="example"),
     "memorized random_k": msbp.memorized(msbp.random_k(k=5, rescale=True), decay=1.0),
     "memorized slot random_k": msbp.memorized(msbp.random_k(k=5, rescale=True), decay=0.5, reduce="slot"),
     "memorized twice": msbp.memorized(msbp.memorized(msbp.top_k(k=5), decay=0.5), decay=0.5),
@@ -101,6 +104,46 @@ def test_no_second_compilation(name):
     for _ in range(3):
         _, state = apply(u, state)
     assert apply._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "inner", [msbp.top_k(k=5, rows_per_group=2), msbp.top_k(k=5, rows_per_group=None), msbp.random_k(k=5), msbp.dense()]
+)
+def test_local_treats_each_block_of_rows_for_itself(inner):
+    local = msbp.memorized(inner, decay=0.8, reduce="local", shards=3)
+    one = msbp.memorized(inner, decay=0.8)
+    g = random_gradient(1, 12, 96)
+    state = local.init(jax.ShapeDtypeStruct(g.shape, g.dtype))
+    for _ in range(2):
+        each = [one.apply(g[4 * i : 4 * i + 4], jax.tree.map(lambda leaf, i=i: leaf[i], state)) for i in range(3)]
+        p, state = jax.jit(local.apply)(g, state)
+        np.testing.assert_array_equal(p.materialize(), jnp.concatenate([part.materialize() for part, _ in each]))
+        np.testing.assert_allclose(state.residual, jnp.stack([new.residual for _, new in each]), rtol=1e-5, atol=1e-6)
+    keys = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype != jnp.float32]
+    assert all(len(np.unique(jax.random.key_data(key), axis=0)) == 3 for key in keys)  # blocks draw differently
+
+
+@pytest.mark.parametrize("make", [msbp.top_k, msbp.random_k])
+def test_a_choice_for_all_rows_of_an_example(make):
+    """Rows of an example are those of one entry of the output's leading axis: here 4 time steps."""
+    w, x = random_gradient(0, 6, 96), random_gradient(1, 12, 6).reshape(3, 4, 6)
+    for wrap in (
+        lambda s: s,
+        lambda s: msbp.memorized(s, decay=0.8),
+        lambda s: msbp.memorized(s, decay=0.8, reduce="local", shards=3),
+    ):
+        results = []
+        for group in ("example", 4):
+            f = msbp.sparse_vjp(lambda w, x: x @ w, wrap(make(k=5, rows_per_group=group)))
+            loss = lambda w, m, f=f: (jnp.sin(f(w, x, memory=m))).sum()
+            results.append(msbp.value_and_grad(loss)(w, f.init_memory(w, x))[1])
+            assert f.report(w, x).sparse[0].rows_per_group == 4
+        np.testing.assert_array_equal(*results)
+    assert repr(make(k=5, rows_per_group="example")).startswith(f"{make.__name__}(k=5, rows_per_group=example")
+    with pytest.raises(
+        TypeError, match=r'rows_per_group must be an integer \(.*"example" for all rows .*got \'image\''
+    ):
+        make(k=5, rows_per_group="image")
 
 
 @pytest.mark.parametrize("group", [1, 3, None])
