@@ -34,7 +34,6 @@ def check_sparsifier(sparsifier: Sparsifier, *, rows: int = 12, n: int = 96, unb
 
     Example:
       >>> import msbp_jax as msbp
-      >>> msbp.testing.check_sparsifier(msbp.memorized(msbp.random_k(density=0.1), decay=0.5))
       >>> msbp.testing.check_sparsifier(msbp.random_k(density=0.25, rescale=True), unbiased=True)
     """
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):

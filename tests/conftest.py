@@ -1,4 +1,4 @@
-"""A strict session: eight virtual devices, no implicit promotion of dtypes or ranks, tracer leaks looked for."""
+"""A strict session: eight virtual devices, no implicit promotion of dtypes or ranks."""
 
 import hypothesis
 import jax
@@ -15,8 +15,8 @@ hypothesis.settings.load_profile("repeatable")
 
 @pytest.fixture(autouse=True)
 def _check_leaks(request):
-    """Look for leaked tracers, except where a test counts compilations: the check switches JAX's caches off."""
-    if request.node.get_closest_marker("caches"):
+    """Look for leaked tracers where a test asks for it: the search switches JAX's caches off, and takes its time."""
+    if not request.node.get_closest_marker("leaks"):
         yield
         return
     with jax.checking_leaks():

@@ -116,7 +116,6 @@ def test_examples_in_docstrings(name):
     assert failures == 0
 
 
-@pytest.mark.caches
 def test_readme_code():
     """The blocks of the README run one after the other, as somebody who follows it would."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)

@@ -45,7 +45,8 @@ class SparseNNXModule(nnx.Module):
         """Return what the plain module returns; once there is a memory, its derivative is the sparse one.
 
         Under `msbp.nnx.value_and_grad` the memory takes on its new value; under `nnx.grad` it stays as it was. Other
-        Variables (batch statistics, counts of random numbers) change as they do in the plain module.
+        Variables (batch statistics, counts of random numbers) change as they do in the plain module. For evaluation
+        `model.module(...)`, the plain module, returns the same and is never traced.
 
         Args:
           *args: Arguments of the module.

@@ -14,8 +14,6 @@ from benchmarks import __main__ as command
 from benchmarks import choice, convolutions, gradients, layers, models, repeated_sites, steps
 from benchmarks.peers import Torch
 
-pytestmark = pytest.mark.caches
-
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):

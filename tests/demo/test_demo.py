@@ -121,7 +121,6 @@ def test_help_teaches_every_flag(capsys):
     assert "what is dropped is remembered" in text
 
 
-@pytest.mark.caches
 def test_a_small_run(tmp_path, capsys, monkeypatch):
     from msbp_jax.demo import timing
 

@@ -37,7 +37,6 @@ def test_there_are_examples():
 
 @pytest.mark.parametrize("path", [p for p in EXAMPLES if p.stem not in ON_DATA], ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:haiku")
-@pytest.mark.caches
 def test_example(path, capsys):
     losses = load(path).main(steps=40)
     assert len(losses) == 40
@@ -53,7 +52,6 @@ def test_example(path, capsys):
         ("char_transformer", 10, 0.08, {"LENGTH": 16, "WIDTH": 64}),
     ],
 )
-@pytest.mark.caches
 def test_example_without_data(name, steps, chance, smaller, capsys, monkeypatch):
     module = load(EXAMPLES[0].with_name(f"{name}.py"))
     for constant, value in smaller.items():

@@ -96,7 +96,6 @@ def test_rows_over_eight_devices(name):
 
 
 @every
-@pytest.mark.caches
 def test_no_second_compilation(name):
     u = random_gradient(5, 12, 96)
     state = TABLE[name].init(jax.ShapeDtypeStruct(u.shape, u.dtype))

@@ -31,6 +31,7 @@ def loss_fn(p, m, x):
 
 
 @pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.leaks
 def test_microbatches_are_a_loop_over_slices(count):
     def with_aux(p, m, batch, *, scale):
         loss = loss_fn(p, m, batch["x"]) * scale
@@ -100,6 +101,7 @@ def scaled_step(scale, params, memory, x, grow=2000):
     return jax.jit(lambda d, p, m, x: d.value_and_grad(loss_fn)(p, m, x))(scaling, params, memory, x)
 
 
+@pytest.mark.leaks
 def test_loss_scaling_by_a_power_of_two_changes_nothing():
     memory = msbp.value_and_grad(loss_fn)(PARAMS, MEMORY, X)[2]
     loss, grads, after = jax.jit(msbp.value_and_grad(loss_fn))(PARAMS, memory, X)
@@ -170,6 +172,7 @@ def test_the_gradient_of_a_frozen_weight_is_not_computed(how):
     assert bool(np.abs(after["w"].residual).sum() > 0) == reached
 
 
+@pytest.mark.leaks
 def test_a_frozen_layer_below_a_trained_one_still_remembers():
     """Its dw is not needed, its dx is: the selection runs, and the memory with it."""
     loss = lambda p, m, x: loss_fn({"w": p["w"], "v": jax.lax.stop_gradient(p["v"])}, m, x)
@@ -214,7 +217,6 @@ def test_policies_of_checkpoint_and_donation_change_no_bits():
         assert_trees_equal(step(PARAMS, jax.tree.map(jnp.copy, MEMORY), X), want)
 
 
-@pytest.mark.caches
 def test_ten_thousand_steps_leak_and_compile_nothing():
     traces = []
 

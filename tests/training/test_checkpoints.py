@@ -19,7 +19,6 @@ S = msbp.memorized(msbp.random_k(k=6, rows_per_group=2), decay=0.8)
 TX = optax.sgd(0.1, momentum=0.9)
 X = jax.random.normal(jax.random.key(2), (8, 16))
 pytestmark = [
-    pytest.mark.caches,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # Orbax's own
     pytest.mark.filterwarnings("ignore::UserWarning:orbax"),
 ]

@@ -76,7 +76,6 @@ def test_state_survives_flax_serialization():
     assert_trees_equal(flax.serialization.from_bytes(blank, flax.serialization.to_bytes(state)).memory, state.memory)
 
 
-@pytest.mark.caches
 def test_train_step_compiles_once():
     loss_fn, params, memory = setup(S)
     state = msbp.TrainState.create(apply_fn=None, params=params, tx=optax.sgd(0.1, momentum=0.9), memory=memory)

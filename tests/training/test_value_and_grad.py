@@ -11,6 +11,8 @@ from twins import assert_trees_close, assert_trees_equal
 
 import msbp_jax as msbp
 
+pytestmark = pytest.mark.leaks
+
 S = msbp.memorized(msbp.top_k(k=6, rows_per_group=2), decay=0.8)
 W = jax.random.normal(jax.random.key(0), (8, 64))
 V = jax.random.normal(jax.random.key(1), (64, 64)) / 8

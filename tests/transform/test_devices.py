@@ -201,6 +201,7 @@ def with_random_features(p, x):
 
 
 @pytest.mark.parametrize("check", [True, False])
+@pytest.mark.leaks
 def test_loops_branches_and_vmap_around_and_inside(check):
     params, x = data()
     params = {"a": params["a"], "stack": jnp.stack([params["b"], -params["b"], params["b"].T])}
@@ -231,6 +232,7 @@ def test_loops_branches_and_vmap_around_and_inside(check):
         assert_trees_close(got[2], want[2])
 
 
+@pytest.mark.leaks
 def test_devices_that_share_a_key_draw_differently():
     params, x = data()
     f = msbp.sparse_vjp(

@@ -7,6 +7,8 @@ import pytest
 
 import msbp_jax as msbp
 
+pytestmark = pytest.mark.leaks
+
 S = msbp.memorized(msbp.top_k(k=4), decay=0.5)
 W, X = jnp.ones((8, 64)), jnp.ones((6, 8))
 
@@ -111,5 +113,8 @@ def test_an_nnx_module_without_memory():
     assert model(X).shape == (6, 64)
     with pytest.raises(ValueError, match=r"Linear is differentiated before it has a memory.*init_memory\("):
         nnx.grad(lambda model: model(X).sum())(model)
+    model.init_memory(X)
+    loss, _ = msbp.nnx.value_and_grad(lambda model: model(X).mean())(model)
+    assert loss == model.module(X).mean()
     with pytest.raises(ValueError, match=r"match no contraction: 'head/\*'"):
         msbp.sparse_vjp(nnx.Linear(8, 64, rngs=nnx.Rngs(0)), {"head/*": S}).init_memory(X)

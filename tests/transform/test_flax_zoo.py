@@ -150,7 +150,6 @@ def check(report, apply, params, memory, step, steps):
 
 
 @pytest.mark.parametrize("name", LINEN)
-@pytest.mark.caches
 def test_linen(name):
     module, x, steps = LINEN[name]
     model = msbp.sparse_vjp(module, SPARSE, min_features=1)
@@ -190,7 +189,6 @@ def test_linen(name):
 
 
 @pytest.mark.parametrize("name", NNX)
-@pytest.mark.caches
 def test_nnx(name):
     make, x, steps = NNX[name]
     with jax.numpy_rank_promotion("allow"):

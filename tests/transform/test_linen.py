@@ -58,6 +58,7 @@ def test_apply_takes_rngs_mutable_method_and_captures():
     assert_trees_equal(got, Net().apply(variables, X, capture_intermediates=True))
 
 
+@pytest.mark.leaks
 def test_training_step_with_dropout_and_batch_norm():
     model = msbp.sparse_vjp(Net(), SPARSE)
     variables = model.init(KEY, X)
