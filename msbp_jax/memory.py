@@ -8,10 +8,10 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from msbp_jax import _checks
+from msbp_jax import _checks, _compat
 from msbp_jax.formats import Columns, Dense, Format
 from msbp_jax.kernels._residual import add_memory, carried_on
-from msbp_jax.sparsifiers import Sparsifier
+from msbp_jax.sparsifiers import Sparsifier, _base
 from msbp_jax.sparsifiers._base import State
 
 
@@ -131,10 +131,8 @@ def _in_shards(sparsifier: Sparsifier, shards: int | None, name: str) -> Sparsif
         count, own = block(aval)
 
         def spread(leaf: jax.Array) -> jax.Array:
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(leaf.reshape(-1)).reshape(
-                    count, *leaf.shape
-                )
+            if _compat.is_key(leaf):
+                return _base.split_keys(leaf, count)
             return jnp.broadcast_to(leaf, (count, *leaf.shape))
 
         return jax.tree.map(spread, sparsifier.init(own))

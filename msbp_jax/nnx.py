@@ -53,10 +53,7 @@ def value_and_grad(
             (value, (aux, rest)), grads, memory = result
             return Step(value, aux, grads, memory, rest)
 
-        if count is None:
-            done = step(params, memory, rest, args, kwargs)
-        else:
-            done = in_microbatches(step, count, params, memory, rest, args, kwargs)
+        done = in_microbatches(step, count, params, memory, rest, args, kwargs)
         nnx.update(model, done.memory, done.carried)
         return ((done.value, done.aux) if has_aux else done.value), done.grads
 

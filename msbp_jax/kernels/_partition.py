@@ -28,7 +28,7 @@ type Names = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Split:
-    """Which arrays of a call have rows or groups on their first axis, and what becomes of results that have not.
+    """Which axes of a call's arrays are rows or groups, and what becomes of results that have neither.
 
     Attributes:
       rule: The axes of operands and results in Shardy's notation; "{rows}" and "{values}" have rows or groups in front.
@@ -68,11 +68,10 @@ def partitioned(
         axes, then the operands.
     """
     whole = local_call(results)
-    one_group = group >= rows
     cut = _Cut(split.rule, rows, group)
 
     def lower(names: Names, shards: int) -> Call:
-        if one_group and names and choose_together is not None:
+        if cut.one_group and names and choose_together is not None:
             together = choose_together
             return lambda *arrays: together(names, *arrays)
         local = local_call(cut.local_shapes(results, shards))
@@ -94,7 +93,7 @@ def partitioned(
         del out
         names = cut.names(operands)
         shards = math.prod(mesh.shape[name] for name in names)
-        if rows % (shards if one_group else shards * group):
+        if rows % (shards if cut.one_group else shards * group):
             names, shards = (), 1
         placed = [[_placed(mesh, names, axis) for axis in axes] for axes in (cut.result_axes, cut.operand_axes)]
         local = lower(names, shards)
@@ -113,7 +112,7 @@ class _Cut:
     """Where the rows or groups stand in each array of a call."""
 
     def __init__(self, rule: str, rows: int, group: int) -> None:
-        one_group = group >= rows
+        self.one_group = one_group = group >= rows
         # Groups are split where they go evenly into all devices, whatever the mesh; else XLA is told of no common axis.
         even = one_group or rows % (group * jax.device_count()) == 0
         axis = "g" if group == 1 or one_group else "(g r)"

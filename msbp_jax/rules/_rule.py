@@ -18,7 +18,7 @@ from msbp_jax import _compat
 from msbp_jax.formats import Columns, Format
 from msbp_jax.rules._dims import Side
 from msbp_jax.rules._operation import Dims, Operands, Operation, dense_products
-from msbp_jax.rules._state import LogKey, SiteLog, to_log
+from msbp_jax.rules._state import LogKey, SiteLog, averages, to_log
 from msbp_jax.sparsifiers._base import Sparsifier, State
 
 
@@ -72,7 +72,7 @@ def _backward(
 ) -> tuple[tuple[Any, None], dict[Any, Any] | None]:
     operands, state = residuals
     lhs, rhs, *_ = operands
-    left: list[Any] = [leaf if to_log(leaf) is leaf else None for leaf in jax.tree.leaves(state)]
+    left: list[Any] = [leaf if averages(leaf) else None for leaf in jax.tree.leaves(state)]
     extra: dict[str, Any] = {"dw": lhs if rule.side == "lhs" else rhs, "density": None} if rule.observe else {}
     dlhs, drhs, log = _compat.with_automatic_sharding(
         functools.partial(_products, dataclasses.replace(rule, key=None)),

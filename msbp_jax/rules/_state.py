@@ -100,7 +100,7 @@ class Tracker:
                 for position, place in enumerate(key.leaves):
                     found.setdefault(place, []).append((key, position, log))
         for place, uses in found.items():
-            leaves[place] = _from_log(_collected(to_log(leaves[place]), uses, _averages(leaves[place])), leaves[place])
+            leaves[place] = _from_log(_collected(to_log(leaves[place]), uses, averages(leaves[place])), leaves[place])
         return jax.tree.unflatten(structure, leaves)
 
 
@@ -119,7 +119,7 @@ def to_log(leaf: jax.Array) -> jax.Array:
 
     A branch of a `cond` that was not taken logs zeros, and JAX makes those of keys and integers in another type.
     """
-    if _averages(leaf):
+    if averages(leaf):
         return leaf
     if _compat.is_key(leaf):
         leaf = jax.random.key_data(leaf)
@@ -131,13 +131,13 @@ def logged_rank(leaf: jax.Array) -> int:
     """Return the rank of `to_log(leaf)`."""
     return (
         jax.eval_shape(to_log, jax.ShapeDtypeStruct((), leaf.dtype)).ndim + leaf.ndim
-        if not _averages(leaf)
+        if not averages(leaf)
         else leaf.ndim
     )
 
 
 def _from_log(logged: jax.Array, like: jax.Array) -> jax.Array:
-    if _averages(like):
+    if averages(like):
         return logged
     if _compat.is_key(like):
         data = jax.lax.bitcast_convert_type(logged.astype(jnp.uint16), jax.random.key_data(like).dtype)
@@ -264,5 +264,6 @@ def _is_empty(node: Any) -> bool:
     return isinstance(node, tuple) and not node
 
 
-def _averages(leaf: jax.Array) -> bool:
+def averages(leaf: jax.Array) -> bool:
+    """Whether new values of a leaf are averaged, and logged as they are: it holds numbers."""
     return jnp.issubdtype(leaf.dtype, jnp.inexact)

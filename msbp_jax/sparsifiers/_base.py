@@ -124,6 +124,12 @@ def check_rows_per_group(rows_per_group: RowsPerGroup) -> RowsPerGroup:
     )
 
 
+def split_keys(leaf: jax.Array, count: int) -> jax.Array:
+    """Return a leaf of typed PRNG keys, of any shape, as `[count, ...]` keys made from them."""
+    split = jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)
+    return split(leaf.reshape(-1)).reshape(count, *leaf.shape)
+
+
 def rows_of(rows_per_group: RowsPerGroup) -> int | None:
     """Return the group size where nothing is known of examples: then every row is one."""
     return 1 if isinstance(rows_per_group, str) else rows_per_group

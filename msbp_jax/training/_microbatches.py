@@ -40,7 +40,7 @@ def check_microbatches(microbatches: int | None) -> int | None:
 
 def in_microbatches(
     step: Callable[..., Step],
-    count: int,
+    count: int | None,
     params: Any,
     memory: Any,
     carried: Any,
@@ -51,7 +51,7 @@ def in_microbatches(
 
     Args:
       step: `step(params, memory, carried, args, kwargs)` for one part.
-      count: How many parts.
+      count: How many parts; None for the whole batch at once.
       params: Parameters.
       memory: What the first part sees.
       carried: Likewise.
@@ -61,6 +61,8 @@ def in_microbatches(
     Raises:
       ValueError: The leading axis of an array is not a multiple of `count`.
     """
+    if count is None:
+        return step(params, memory, carried, args, kwargs)
     leaves, structure = jax.tree_util.tree_flatten_with_path((args, kwargs))
     cut = [_is_cut(leaf) for _, leaf in leaves]
     parts = [_parts(path, leaf, count) for (path, leaf), is_cut in zip(leaves, cut, strict=True) if is_cut]

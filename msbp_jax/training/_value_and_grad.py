@@ -54,10 +54,7 @@ def value_and_grad(
 
     @functools.wraps(loss_fn)
     def wrapped(params: Any, memory: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        if count is None:
-            done = step(params, memory, None, args, kwargs)
-        else:
-            done = in_microbatches(step, count, params, memory, None, args, kwargs)
+        done = in_microbatches(step, count, params, memory, None, args, kwargs)
         return ((done.value, done.aux) if has_aux else done.value), done.grads, done.memory
 
     return wrapped

@@ -193,6 +193,7 @@ class _Walk:
     def _contraction(self, eqn: _compat.JaxprEqn, inputs: list[Source], at: _At) -> None:
         lhs, rhs, out = (_compat.shape_of(atom) for atom in (*eqn.invars[:2], *eqn.outvars))
         weight = inputs[0] if inputs[0].is_weight else inputs[1]
+        both, typed = union(inputs[:2]), _compat.varying_axes(eqn.invars[:2]) if at.typed else None
         self.found[at.place] = Found(
             place=at.place,
             primitive=eqn.primitive.name,
@@ -202,10 +203,7 @@ class _Walk:
             out=out,
             lhs_source=inputs[0],
             rhs_source=inputs[1],
-            loops=tuple(
-                _loop(*loop, weight, union(inputs[:2]), _compat.varying_axes(eqn.invars[:2]) if at.typed else None)
-                for loop in at.loops
-            ),
+            loops=tuple(_loop(*loop, weight, both, typed) for loop in at.loops),
             sealed=at.sealed,
         )
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from msbp_jax import _compat
 from msbp_jax.rules import CONTRACTIONS, Rule, sparse_contraction
-from msbp_jax.sparsifiers._base import State
+from msbp_jax.sparsifiers._base import State, split_keys
 from msbp_jax.transform._discover import Loop, Place
 
 States = Mapping[Place, State]
@@ -170,10 +170,7 @@ def _of_device(leaf: jax.Array, axes: tuple[Loop, ...]) -> jax.Array:
 
 
 def _keys_of_steps(leaf: jax.Array, length: int) -> jax.Array | None:
-    if not _compat.is_key(leaf):
-        return None
-    split = jax.vmap(lambda key: jax.random.split(key, length), out_axes=1)
-    return split(leaf.reshape(-1)).reshape(length, *leaf.shape)
+    return split_keys(leaf, length) if _compat.is_key(leaf) else None
 
 
 def _with_keys(state: State, keys: list[jax.Array | None]) -> State:

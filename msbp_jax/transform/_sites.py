@@ -185,17 +185,7 @@ def _site(name: str, found: Found, plan: Plan) -> Site:
         # Each device has a state of its own, whether or not they share the weight.
         sparsifier = sparsifier.per_shard
         loops = tuple(dataclasses.replace(loop, instances=loop.instances or loop.sharded) for loop in loops)
-    reason = found.sealed or reason
-    if reason:
-        pass
-    elif sparsifier is None:
-        reason = _unnamed(found)
-    elif sparsifier.is_identity(jax.ShapeDtypeStruct((dims.rows, dims.n), found.out.dtype)):
-        reason = f"{sparsifier.name} keeps all {dims.n} features"
-    elif dims.n < plan.min_features:
-        reason = f"{dims.n} features, fewer than min_features={plan.min_features}"
-    elif dims.rows == 0 or dims.m == 0:
-        reason = "it is empty"
+    reason = found.sealed or reason or _why_dense(found, dims, sparsifier, plan)
     return Site(
         name=name,
         found=found,
@@ -206,6 +196,17 @@ def _site(name: str, found: Found, plan: Plan) -> Site:
         sparsifier=None if reason else sparsifier,
         reason=reason,
     )
+
+
+def _why_dense(found: Found, dims: Dims, sparsifier: Sparsifier | None, plan: Plan) -> str:
+    """Return why a contraction that could be sparse is not, or ""."""
+    if sparsifier is None:
+        return _unnamed(found)
+    if sparsifier.is_identity(jax.ShapeDtypeStruct((dims.rows, dims.n), found.out.dtype)):
+        return f"{sparsifier.name} keeps all {dims.n} features"
+    if dims.n < plan.min_features:
+        return f"{dims.n} features, fewer than min_features={plan.min_features}"
+    return "it is empty" if dims.rows == 0 or dims.m == 0 else ""
 
 
 def _operation(found: Found, side: Side) -> tuple[Operation | None, Dims, str]:
