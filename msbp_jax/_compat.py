@@ -13,7 +13,9 @@ from typing import Any
 import jax
 from jax.core import Tracer as Tracer
 from jax.core import eval_jaxpr as eval_jaxpr
+from jax.experimental import pallas as pallas
 from jax.experimental.custom_partitioning import custom_partitioning as custom_partitioning
+from jax.experimental.pallas import tpu as pallas_tpu
 from jax.extend.core import ClosedJaxpr as ClosedJaxpr
 from jax.extend.core import Jaxpr as Jaxpr
 from jax.extend.core import JaxprEqn as JaxprEqn
@@ -33,6 +35,13 @@ from jax.extend.core.primitives import while_p as while_p
 
 # The tracers of forward-mode and reverse-mode differentiation. Only the first is exported, so both go by name.
 _DIFFERENTIATION_TRACERS = frozenset({"JVPTracer", "LinearizeTracer"})
+
+
+
+try:
+    from jax.experimental.pallas import triton as pallas_triton
+except ImportError:  # deprecated since JAX 0.11, to be removed in some later version
+    pallas_triton = None  # type: ignore[assignment]
 
 
 def define_vjp_with_logs(function: Any, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
@@ -107,6 +116,23 @@ def varying_alike(arrays: Any) -> tuple[list[Any], bool, Any]:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding, manual_axis_type=kind)
 
     return alike, bool(together), result
+
+
+def typed_like(array: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """Return the type of a kernel's result that varies over the same mesh axes under `shard_map` as one operand."""
+    kind = jax.typeof(array).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+
+
+def call_varying(function: Any, arrays: Any) -> list[Any]:
+    """Return the results of `function(*arrays)`, which vary over mesh axes as the arrays do, unseen by its types.
+
+    It is for interpreted kernels, which mix arrays that vary with constants that do not.
+    """
+    axes = tuple(sorted(jax.typeof(arrays[0]).manual_axis_type.varying))
+    plain = jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays))
+    results = closed_call_p.bind(*arrays, call_jaxpr=plain)
+    return [jax.lax.pcast(result, axes, to="varying") for result in results]
 
 
 def with_automatic_sharding(function: Any, arguments: Any, results: Any) -> Any:

@@ -19,18 +19,22 @@ from jaxtyping import Array, Bool, Float, Int
 class Columns:
     """A few columns of the cotangent for each group of rows: `p[i, index[i // r, j]] = values[i // r, i % r, j]`.
 
+    With a scale, the right side is multiplied by `scale[i // r]`: values of 8 bits stand for a whole cotangent.
+
     Attributes:
       values: The kept entries, `[G, r, k]`, in the dtype of the cotangent.
       index: Which column each entry stands in, `[G, k]`, int32, distinct within a group.
       shape: `(rows, n)` of the cotangent that is represented.
       unchanged: True where the values are entries of the cotangent as they were (top-k), False where they were
-        altered (rescaled); it spares the memory a pass.
+        altered (rescaled, rounded); it spares the memory a pass.
+      scale: What the values of each group are multiplied by, `[G]`, float32; None for 1.
     """
 
     values: jax.Array
     index: jax.Array
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
     unchanged: bool = dataclasses.field(default=True, metadata={"static": True})
+    scale: jax.Array | None = None
 
     @property
     def kept_per_group(self) -> int:
@@ -49,6 +53,8 @@ class Columns:
 
     def materialize(self) -> Float[Array, "rows n"]:
         """Return the dense matrix with zeros where nothing was kept; for tests and for looking, not for training."""
+        if self.scale is not None:
+            return self.dequantized(jnp.float32).materialize()
         groups = jnp.arange(self.index.shape[0], dtype=self.index.dtype)[:, None]
         empty = jnp.zeros((self.index.shape[0], self.shape[1], self.rows_per_group), self.values.dtype)
         filled = empty.at[groups, self.index].set(jnp.swapaxes(self.values, 1, 2))
@@ -56,7 +62,16 @@ class Columns:
 
     def astype(self, dtype: jax.typing.DTypeLike) -> Columns:
         """Return the same columns with values of another dtype."""
+        if self.scale is not None:
+            return self.dequantized(dtype)
         return dataclasses.replace(self, values=self.values.astype(dtype))
+
+    def dequantized(self, dtype: jax.typing.DTypeLike) -> Columns:
+        """Return the columns themselves if they have no scale, else values of a floating dtype that need none."""
+        if self.scale is None:
+            return self
+        values = self.values.astype(jnp.float32) * self.scale.astype(jnp.float32)[:, None, None]
+        return dataclasses.replace(self, values=values.astype(dtype), scale=None)
 
 
 @jax.tree_util.register_dataclass

@@ -151,6 +151,7 @@ def _in_shards(sparsifier: Sparsifier, shards: int | None, name: str) -> Sparsif
                 p,
                 values=p.values.reshape(-1, *p.values.shape[2:]),
                 index=p.index.reshape(-1, p.kept_per_group),
+                scale=None if p.scale is None else p.scale.reshape(-1),
                 shape=(g.shape[0], g.shape[1]),
             ), state
         return Dense(p.values.reshape(g.shape)), state

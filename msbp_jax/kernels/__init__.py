@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from jaxtyping import Array, Float
 
 from msbp_jax.formats import Columns
@@ -48,7 +49,8 @@ def select(
       ValueError: A value of the wrong rank or size, or an unknown backend.
     """
     _arguments.check_selection(cotangent, k, rows_per_group)
-    return _dispatch.run("select", _SELECT, backend, cotangent, k, rows_per_group)
+    order = _choose.selection_order(cotangent.shape[0], rows_per_group)
+    return _dispatch.run("select", _SELECT, backend, cotangent, k, rows_per_group, order=order)
 
 
 def select_with_memory(
@@ -80,7 +82,8 @@ def select_with_memory(
     _arguments.check_selection(cotangent, k, rows_per_group)
     _arguments.check_memory(cotangent, memory)
     arguments = cotangent, memory, decay, k, rows_per_group
-    return _dispatch.run("select_with_memory", _SELECT_WITH_MEMORY, backend, *arguments)
+    order = _choose.selection_order(cotangent.shape[0], rows_per_group)
+    return _dispatch.run("select_with_memory", _SELECT_WITH_MEMORY, backend, *arguments, order=order)
 
 
 def grad_input(
@@ -89,6 +92,7 @@ def grad_input(
     feature_axis: int,
     *,
     precision: Any = None,
+    dtype: jax.typing.DTypeLike | None = None,
     backend: str | None = None,
 ) -> Float[Array, "rows m"]:
     """Return `dx = p wᵀ` for a compact cotangent `p`.
@@ -98,6 +102,7 @@ def grad_input(
       weight: `[m, n]` if `feature_axis` is 1, `[n, m]` if it is 0.
       feature_axis: Where the `n` output features stand in `weight`.
       precision: As in `lax.dot_general`.
+      dtype: Of the result; None for that of the sums.
       backend: Name of a backend, or None to choose.
 
     Returns:
@@ -110,7 +115,7 @@ def grad_input(
     _arguments.check_columns(cotangent)
     _arguments.check_weight(cotangent, weight, feature_axis)
     order = _choose.products_order(cotangent, weight.shape[1 - feature_axis])
-    arguments = cotangent, weight, feature_axis, precision
+    arguments = cotangent, weight, feature_axis, precision, dtype
     return _dispatch.run("grad_input", _GRAD_INPUT, backend, *arguments, order=order)
 
 
@@ -120,6 +125,7 @@ def grad_weight(
     feature_axis: int,
     *,
     precision: Any = None,
+    dtype: jax.typing.DTypeLike | None = None,
     backend: str | None = None,
 ) -> Float[Array, ...]:
     """Return `dw = xᵀ p` for a compact cotangent `p`.
@@ -129,6 +135,7 @@ def grad_weight(
       inputs: `x`, `[rows, m]`.
       feature_axis: Where the `n` output features stand in the result.
       precision: As in `lax.dot_general`.
+      dtype: Of the result; None for that of the sums.
       backend: Name of a backend, or None to choose.
 
     Returns:
@@ -141,7 +148,7 @@ def grad_weight(
     _arguments.check_columns(cotangent)
     _arguments.check_inputs(cotangent, inputs, feature_axis)
     order = _choose.products_order(cotangent, inputs.shape[1])
-    arguments = cotangent, inputs, feature_axis, precision
+    arguments = cotangent, inputs, feature_axis, precision, dtype
     return _dispatch.run("grad_weight", _GRAD_WEIGHT, backend, *arguments, order=order)
 
 

@@ -52,8 +52,13 @@ def check_columns(cotangent: Any) -> None:
     """
     if not isinstance(cotangent, Columns):
         raise TypeError(f"cotangent must be msbp.Columns, such as msbp.take_columns returns, got {type(cotangent)}.")
-    values, index = cotangent.values, cotangent.index
-    _check_floating("cotangent.values", values)
+    values, index, scale = cotangent.values, cotangent.index, cotangent.scale
+    if scale is None:
+        _check_floating("cotangent.values", values)
+    else:
+        _check_floating("cotangent.scale", scale)
+        if scale.shape != index.shape[:1]:
+            raise ValueError(f"cotangent.scale must be [G], {index.shape[:1]} here, got {scale.shape}.")
     if not jnp.issubdtype(index.dtype, jnp.integer):
         raise TypeError(f"cotangent.index must have an integer dtype, got {index.dtype}.")
     rows, n = cotangent.shape

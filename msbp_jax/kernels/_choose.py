@@ -1,19 +1,17 @@
-"""Which backend runs the products of a layer on a CPU: the one whose expected time is least.
+"""Which backend runs the products of a layer: the one whose expected time is least.
 
-The times are a linear model in the work that each path does, for two cores; `python -m benchmarks choice` measures the
+On a CPU the times are a linear model in the work that each path does, for two cores; `python -m benchmarks choice` measures the
 paths on a grid of shapes, fits the coefficients below, and writes the file that a test holds them against: whatever is
 chosen took at most 15 % longer than the best (or 60 microseconds, the cost of two calls). More cores make every path
 faster alike, so that the order holds.
 
-On other platforms the order is fixed until something is measured there.
+On other platforms they are estimates from published rates, `_roofline`, until something is measured there.
 """
 
 from __future__ import annotations
 
-import jax
-
 from msbp_jax.formats import Columns
-from msbp_jax.kernels import _native_calls
+from msbp_jax.kernels import _native_calls, _platform, _roofline
 
 # Seconds for a call, and for each unit of the work in `_work`, in its order.
 COEFFICIENTS: dict[str, tuple[float, ...]] = {
@@ -25,6 +23,9 @@ COEFFICIENTS: dict[str, tuple[float, ...]] = {
     "select, native": (3.44e-05, 1.78e-10, 4.29e-10, 6.38e-10),
     "select, xla": (5.0e-05, 6.0e-10, 1.0e-8, 6.0e-9),
 }
+
+# From so many rows on, a choice is worth the kernels of an accelerator: with fewer, most of a tile would be empty.
+SHARED_ROWS = 16
 
 # Dense is taken where it is faster by this much, not at a tie: it holds a matrix that the sparse paths do without.
 DENSE_MARGIN = 1.15
@@ -79,15 +80,38 @@ def fastest_first(rows: int, m: int, n: int, k: int, rows_per_group: int) -> tup
       k: Features kept.
       rows_per_group: Rows that share a choice.
     """
-    if jax.default_backend() != "cpu":
-        return ("xla", "dense")  # nothing was measured there
-    names = ("native", "xla", "dense") if _native_calls.available() else ("xla", "dense")
+    own = "native" if (platform := _platform.platform()) == "cpu" else platform
+    names = ("xla", "dense") if own == "native" and not _native_calls.available() else (own, "xla", "dense")
 
     def handicapped(name: str) -> float:
-        expected = seconds(kind_of(name, k, rows_per_group), rows, m, n, k, rows_per_group)
-        return expected * (DENSE_MARGIN if name == "dense" else 1)
+        return _expected(name, rows, m, n, k, rows_per_group) * (DENSE_MARGIN if name == "dense" else 1)
 
     return tuple(sorted(names, key=handicapped))
+
+
+def _expected(path: str, rows: int, m: int, n: int, k: int, rows_per_group: int) -> float:
+    """Return the expected time, in seconds, of a path on the device that the program is for."""
+    layer = rows, m, n, k, rows_per_group
+    device = _platform.target()
+    if device.platform != "cpu":
+        return _roofline.seconds(path, device, *layer)
+    if path == "select":
+        path = "select, native" if _native_calls.available() else "select, xla"
+    return seconds(kind_of(path, k, rows_per_group), *layer)
+
+
+def selection_order(rows: int, rows_per_group: int | None) -> tuple[str, ...]:
+    """Return the backends of a selection in the order in which they are tried.
+
+    Args:
+      rows: Rows of the gradient.
+      rows_per_group: Rows that share a choice; None for all.
+    """
+    platform = _platform.platform()
+    if platform == "cpu":
+        return ("native", "xla") if _native_calls.available() else ("xla",)
+    few = min(rows, rows_per_group or rows) < SHARED_ROWS
+    return ("xla",) if few else (platform, "xla")
 
 
 def products_order(cotangent: Columns, m: int) -> tuple[str, ...]:
@@ -97,7 +121,7 @@ def products_order(cotangent: Columns, m: int) -> tuple[str, ...]:
 
 
 def expected_speed_up(rows: int, m: int, n: int, k: int, rows_per_group: int, backend: str | None = None) -> float:
-    """Return the expected time of a layer's dense backward over that of its sparse one, select included, on a CPU.
+    """Return the expected time of a layer's dense backward over that of its sparse one, select included.
 
     Args:
       rows: Rows of the gradient.
@@ -109,17 +133,21 @@ def expected_speed_up(rows: int, m: int, n: int, k: int, rows_per_group: int, ba
     """
     layer = rows, m, n, k, rows_per_group
     chosen = backend or fastest_first(*layer)[0]
-    select = "select, native" if _native_calls.available() else "select, xla"
-    plain = seconds("plain", *layer)
-    products = seconds(kind_of(chosen, k, rows_per_group), *layer)
+    plain = _expected("plain", *layer)
+    products = _expected(chosen, *layer)
     if chosen == "dense":  # the plain products, and more
         products = max(products, plain)
-    return plain / (seconds(select, *layer) + products)
+    return plain / (_expected("select", *layer) + products)
 
 
 def note() -> str:
-    """Return what is to be said about this installation, or ""."""
-    if jax.default_backend() != "cpu" or _native_calls.available():
+    """Return what is to be said about this installation or device, or ""."""
+    if _platform.platform() != "cpu":
+        return (
+            "Backends and warnings follow from published rates of the device, not from measurements on one; "
+            "`python -m benchmarks accelerator` of the source tree measures."
+        )
+    if _native_calls.available():
         return ""
     return (
         "The native CPU kernels were not built when msbp_jax was installed, and plain XLA, which is slower, serves. "
@@ -138,8 +166,6 @@ def warning(rows: int, m: int, n: int, k: int, rows_per_group: int, backend: str
       rows_per_group: Rows that share a choice.
       backend: Backend of the products; None for the one that is chosen.
     """
-    if jax.default_backend() != "cpu":
-        return ""  # nothing was measured there
     layer = rows, m, n, k, rows_per_group
     speed_up = expected_speed_up(*layer, backend)
     if speed_up >= 1:

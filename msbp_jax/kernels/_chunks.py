@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from msbp_jax.kernels import _platform
+
 # A gathered or not yet scattered block may take this much. Blocks of this size still fit the last-level cache of the
 # machines measured (32 MiB); much smaller ones lose more to the loop than they win.
 BUDGET_BYTES = 16 * 2**20
+# Accelerators want few large calls, and have no cache that a block would fit.
+ACCELERATOR_BUDGET_BYTES = 2**30
 
 
 def groups_at_once(groups: int, bytes_per_group: int) -> int:
@@ -17,7 +21,8 @@ def groups_at_once(groups: int, bytes_per_group: int) -> int:
     Returns:
       Between 1 and `groups`.
     """
-    limit = max(1, BUDGET_BYTES // max(1, bytes_per_group))
+    budget = BUDGET_BYTES if _platform.platform() == "cpu" else ACCELERATOR_BUDGET_BYTES
+    limit = max(1, budget // max(1, bytes_per_group))
     if groups <= limit:
         return groups
     chunks = -(-groups // limit)

@@ -1,4 +1,4 @@
-"""Holding XLA to the order in which an array is to lie in memory.
+"""Holding XLA, on a CPU, to the order in which an array is to lie in memory.
 
 XLA is free to leave a transpose in the operand's order, and on a CPU it then fuses the turned reads into whatever comes
 next: a strided loop, several times slower than its own blocked transpose, and once more for every consumer (Adam has
@@ -10,12 +10,14 @@ from __future__ import annotations
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
+from msbp_jax.kernels import _platform
+
 _ROW_MAJOR = Layout((0, 1))
 
 
 def row_major(matrix: Float[Array, "a b"]) -> Float[Array, "a b"]:
     """Return the matrix, computed once and stored row by row."""
-    return with_layout_constraint(matrix, _ROW_MAJOR)
+    return with_layout_constraint(matrix, _ROW_MAJOR) if _platform.platform() == "cpu" else matrix
 
 
 def transposed(matrix: Float[Array, "a b"]) -> Float[Array, "b a"]:

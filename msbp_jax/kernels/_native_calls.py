@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msbp_jax import _compat
-from msbp_jax.kernels import _partition
+from msbp_jax.kernels import _partition, _platform
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
@@ -55,8 +55,8 @@ def check(*arrays: jax.Array) -> None:
     """
     if not available():
         raise NotImplementedError("the native kernels were not built when msbp_jax was installed")
-    if jax.default_backend() != "cpu":
-        raise NotImplementedError(f"the native kernels run on CPU, and JAX's default here is {jax.default_backend()}")
+    if (here := _platform.platform()) != "cpu":
+        raise NotImplementedError(f"the native kernels run on CPU, and the program is for {here}")
     for array in arrays:
         if array.dtype not in DTYPES:
             raise NotImplementedError(f"the native kernels take float32 and bfloat16, got {array.dtype}")

@@ -43,8 +43,10 @@ SPLITS = {
     "select": Split("{rows} n -> {values}, {index}"),
     "select_with_memory": Split("{rows} n, n -> {values}, {index}, n", combine=jax.lax.pmean),
     "select_with_memory by slot": Split("{rows} n, {rows} n -> {values}, {index}, {rows} n"),
-    "grad_input": Split("{values}, {index}, a b -> {rows} m"),
-    "grad_weight": Split("{values}, {index}, {rows} m -> a b"),
+    "grad_input": Split("{values}, {index}, {scale}, a b -> {rows} m"),
+    "grad_weight": Split("{values}, {index}, {scale}, {rows} m -> a b"),
+    "native grad_input": Split("{values}, {index}, a b -> {rows} m"),
+    "native grad_weight": Split("{values}, {index}, {rows} m -> a b"),
 }
 
 
@@ -118,10 +120,11 @@ class _Cut:
         axis = "g" if group == 1 or one_group else "(g r)"
         names = {"values": "e g k" if one_group else "g s k" if group == 1 else "g r k", "rows": axis}
         names["index"] = "e k" if one_group else "g k"
+        names["scale"] = "e" if one_group else "g"
         filled = rule.format(**names)
         operands, results = ([part.split() for part in _fields(side)] for side in filled.split("->"))
         self.operand_axes, self.result_axes = ([_place(part) for part in side] for side in (operands, results))
-        self.sharding_rule = filled if even else rule.format(values="g r k", index="g k", rows="i")
+        self.sharding_rule = filled if even else rule.format(values="g r k", index="g k", scale="g", rows="i")
 
     def names(self, operands: Any) -> Names:
         """Return the mesh axes over which the first operand that has rows is split."""

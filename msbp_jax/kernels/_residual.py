@@ -18,10 +18,11 @@ def add_memory(g: Float[Array, "rows n"], memory: Float[Array, ...]) -> Float[Ar
 def carried_on(u: Float[Array, "rows n"], p: Format, decay: float, *, by_slot: bool) -> Float[Array, ...]:
     """Return `m' = decay R(u - p)`, float32; entries that are not finite become 0."""
     left = _residual_slots(u, p) if by_slot else _residual_mean(u, p)
-    return _finite((jnp.asarray(decay, u.dtype) * left).astype(jnp.float32))
+    return finite((jnp.asarray(decay, u.dtype) * left).astype(jnp.float32))
 
 
-def _finite(x: Float[Array, ...]) -> Float[Array, ...]:
+def finite(x: Float[Array, ...]) -> Float[Array, ...]:
+    """Return the array with 0 for entries that are not finite."""
     return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
 
 
@@ -29,10 +30,10 @@ def _residual_mean(u: Float[Array, "rows n"], p: Format) -> Float[Array, " n"]:
     """Return the mean of `u - p` over rows in one pass over `u`, without a dense copy of either."""
     rows = u.shape[0]
     if isinstance(p, Dense):
-        return _finite(u - p.values).sum(axis=0) / rows
+        return finite(u - p.values).sum(axis=0) / rows
     dropped = ~p.kept_columns()
     grouped = group_rows(u, p.rows_per_group)
-    total = jnp.where(dropped[:, None, :], _finite(grouped), jnp.zeros((), u.dtype)).sum(axis=(0, 1))
+    total = jnp.where(dropped[:, None, :], finite(grouped), jnp.zeros((), u.dtype)).sum(axis=(0, 1))
     if not p.unchanged:
         total = total.at[p.index.reshape(-1)].add(_left_of_kept(u, p).sum(axis=1).reshape(-1))
     return total / rows
@@ -55,4 +56,4 @@ def _residual_slots(u: Float[Array, "rows n"], p: Format) -> Float[Array, "rows 
 def _left_of_kept(u: Float[Array, "rows n"], p: Columns) -> Float[Array, "G r k"]:
     """Return `u - p` at the entries that `p` keeps but has altered."""
     before = jnp.take_along_axis(group_rows(u, p.rows_per_group), p.index[:, None, :], axis=2, mode="promise_in_bounds")
-    return _finite(before - p.values)
+    return finite(before - p.dequantized(before.dtype).values)

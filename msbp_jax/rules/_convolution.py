@@ -76,7 +76,7 @@ class Convolution:
         match self.path(p.index.shape[0]):
             case "narrow":
                 axis = self.dimension_numbers.rhs_spec[0]
-                g = self.program_g(p.values[:, : p.shape[0]], operands, out)
+                g = self.program_g(p.dequantized(w.dtype).values[:, : p.shape[0]], operands, out)
                 return narrow_products(self.forward, x, w, axis, p.index[0], g)
             case "patches":
                 return self._by_patches(x, w, p, out, backend)
@@ -99,8 +99,9 @@ class Convolution:
         )
         patches, back = jax.vjp(lambda x: window.patches(jnp.transpose(x, x_order)), x)
         matrix = jnp.transpose(w, w_order).reshape(-1, p.shape[1])
-        (dx,) = back(kernels.grad_input(p, matrix, 1, precision=self.precision, backend=backend).astype(x.dtype))
-        dw = kernels.grad_weight(p, patches, 1, precision=self.precision, backend=backend).astype(w.dtype)
+        how = {"precision": self.precision, "backend": backend}
+        (dx,) = back(kernels.grad_input(p, matrix, 1, dtype=x.dtype, **how))
+        dw = kernels.grad_weight(p, patches, 1, dtype=w.dtype, **how)
         dw = dw.reshape([w.shape[axis] for axis in w_order])
         return dx, jnp.transpose(dw, _inverse(w_order))
 

@@ -72,9 +72,9 @@ class DotGeneral:
         x, w = (rhs, lhs) if self.side == "lhs" else (lhs, rhs)
 
         def products(x: jax.Array, w: jax.Array, p: Columns) -> tuple[jax.Array, jax.Array]:
-            dx = kernels.grad_input(p, w, algebra.feature_axis, precision=self.precision, backend=backend)
-            dw = kernels.grad_weight(p, x, algebra.feature_axis, precision=self.precision, backend=backend)
-            return dx.astype(x.dtype), dw.astype(w.dtype)
+            axis, how = algebra.feature_axis, {"precision": self.precision, "backend": backend}
+            dx = kernels.grad_input(p, w, axis, dtype=x.dtype, **how)
+            return dx, kernels.grad_weight(p, x, axis, dtype=w.dtype, **how)
 
         canonical_x, canonical_w = algebra.canonical_x(x), algebra.canonical_w(w)
         if algebra.batch_shape:

@@ -11,10 +11,11 @@ from msbp_jax.formats import Columns, accumulation_dtype
 
 
 def grad_input(
-    cotangent: Columns, weight: Float[Array, ...], feature_axis: int, precision: Any = None
+    cotangent: Columns, weight: Float[Array, ...], feature_axis: int, precision: Any = None, dtype: Any = None
 ) -> Float[Array, "rows m"]:
     """See `msbp_jax.kernels.grad_input`."""
-    p = cotangent.materialize()
+    p = cotangent.dequantized(weight.dtype).materialize()
     accumulator = accumulation_dtype(p.dtype, weight.dtype)
     over_features = (((1,), (feature_axis,)), ((), ()))
-    return lax.dot_general(p, weight, over_features, precision=precision, preferred_element_type=accumulator)
+    dx = lax.dot_general(p, weight, over_features, precision=precision, preferred_element_type=accumulator)
+    return dx.astype(dtype or accumulator)

@@ -16,12 +16,15 @@ from msbp_jax.kernels import _native_calls
 
 
 def grad_input(
-    cotangent: Columns, weight: Float[Array, ...], feature_axis: int, precision: Any = None
+    cotangent: Columns, weight: Float[Array, ...], feature_axis: int, precision: Any = None, dtype: Any = None
 ) -> Float[Array, "rows m"]:
     """See `msbp_jax.kernels.grad_input`. Products are float32 throughout, whatever `precision` asks for."""
     del precision
+    cotangent = cotangent.dequantized(weight.dtype)
     _native_calls.check(cotangent.values, weight)
     results = [((cotangent.shape[0], weight.shape[1 - feature_axis]), jnp.float32)]
     operands = [cotangent.values, cotangent.index, weight]
-    split = ("grad_input", cotangent.shape[0], cotangent.rows_per_group)
-    return _native_calls.call("grad_input", operands, results, split=split, features_last=feature_axis == 1)[0]
+    split = ("native grad_input", cotangent.shape[0], cotangent.rows_per_group)
+    return _native_calls.call("grad_input", operands, results, split=split, features_last=feature_axis == 1)[
+        0
+    ].astype(dtype or jnp.float32)

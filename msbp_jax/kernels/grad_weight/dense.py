@@ -11,11 +11,12 @@ from msbp_jax.formats import Columns, accumulation_dtype
 
 
 def grad_weight(
-    cotangent: Columns, inputs: Float[Array, "rows m"], feature_axis: int, precision: Any = None
+    cotangent: Columns, inputs: Float[Array, "rows m"], feature_axis: int, precision: Any = None, dtype: Any = None
 ) -> Float[Array, ...]:
     """See `msbp_jax.kernels.grad_weight`."""
-    p = cotangent.materialize()
+    p = cotangent.dequantized(inputs.dtype).materialize()
     accumulator = accumulation_dtype(p.dtype, inputs.dtype)
     over_rows = (((0,), (0,)), ((), ()))
     lhs, rhs = (inputs, p) if feature_axis == 1 else (p, inputs)
-    return lax.dot_general(lhs, rhs, over_rows, precision=precision, preferred_element_type=accumulator)
+    dw = lax.dot_general(lhs, rhs, over_rows, precision=precision, preferred_element_type=accumulator)
+    return dw.astype(dtype or accumulator)

@@ -15,13 +15,16 @@ from msbp_jax.kernels import _native_calls
 
 
 def grad_weight(
-    cotangent: Columns, inputs: Float[Array, "rows m"], feature_axis: int, precision: Any = None
+    cotangent: Columns, inputs: Float[Array, "rows m"], feature_axis: int, precision: Any = None, dtype: Any = None
 ) -> Float[Array, ...]:
     """See `msbp_jax.kernels.grad_weight`. Products are float32 throughout, whatever `precision` asks for."""
     del precision
+    cotangent = cotangent.dequantized(inputs.dtype)
     _native_calls.check(cotangent.values, inputs)
     m, n = inputs.shape[1], cotangent.shape[1]
     results = [((m, n) if feature_axis == 1 else (n, m), jnp.float32)]
     operands = [cotangent.values, cotangent.index, inputs]
-    split = ("grad_weight", cotangent.shape[0], cotangent.rows_per_group)
-    return _native_calls.call("grad_weight", operands, results, split=split, features_last=feature_axis == 1)[0]
+    split = ("native grad_weight", cotangent.shape[0], cotangent.rows_per_group)
+    return _native_calls.call("grad_weight", operands, results, split=split, features_last=feature_axis == 1)[
+        0
+    ].astype(dtype or jnp.float32)

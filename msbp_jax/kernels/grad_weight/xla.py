@@ -17,33 +17,36 @@ from jaxtyping import Array, Float, Int
 from msbp_jax.formats import Columns, accumulation_dtype, group_rows
 from msbp_jax.kernels._chunks import groups_at_once
 from msbp_jax.kernels._layout import row_major, transposed
+from msbp_jax.kernels.grad_input.xla import result_dtype
 
 _SPREAD_FROM_BYTES = 8 * 2**20
 
 
 def grad_weight(
-    cotangent: Columns, inputs: Float[Array, "rows m"], feature_axis: int, precision: Any = None
+    cotangent: Columns, inputs: Float[Array, "rows m"], feature_axis: int, precision: Any = None, dtype: Any = None
 ) -> Float[Array, ...]:
     """See `msbp_jax.kernels.grad_weight`."""
+    cotangent = cotangent.dequantized(inputs.dtype)
     groups, size, k = cotangent.values.shape
     n = cotangent.shape[1]
     grouped = group_rows(inputs, size)
     accumulator = accumulation_dtype(cotangent.values.dtype, inputs.dtype)
     if groups > 1 and not _pays_to_spread(groups * k, n, inputs.shape[1] * n * jnp.dtype(accumulator).itemsize):
         rows = _add_rows(cotangent.values, grouped, cotangent.index, n, accumulator, precision)
-        return rows if feature_axis == 0 else transposed(rows)
+        return (rows if feature_axis == 0 else transposed(rows)).astype(dtype or accumulator)
     slot = _slots(cotangent.index, n)
     if groups == 1 and feature_axis == 1:
         over_rows = (((0,), (0,)), ((), ()))
+        result = result_dtype(accumulator, dtype)
         kept = lax.dot_general(
-            grouped[0], cotangent.values[0], over_rows, precision=precision, preferred_element_type=accumulator
+            grouped[0], cotangent.values[0], over_rows, precision=precision, preferred_element_type=result
         )
     else:
         kept = _add_rows(cotangent.values, grouped, slot[cotangent.index], groups * k, accumulator, precision)
         kept = kept if feature_axis == 0 else transposed(kept)
     spread = jnp.take(kept, slot, axis=feature_axis, mode="clip")
     used = jnp.expand_dims(slot >= 0, 1 - feature_axis)
-    return row_major(jnp.where(used, spread, jnp.zeros((), accumulator)))
+    return row_major(jnp.where(used, spread, jnp.zeros((), spread.dtype))).astype(dtype or accumulator)
 
 
 def _pays_to_spread(kept: int, n: int, result_bytes: int) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -21,13 +20,9 @@ def select(cotangent: Float[Array, "rows n"], k: int, rows_per_group: int | None
     groups = -(-rows // r)
     results = [((groups, r, k), cotangent.dtype), ((groups, k), jnp.int32)]
     split = ("select", rows, r)
-    together = functools.partial(_together, k)
+    together = functools.partial(xla.together, k)
     values, index = _native_calls.call(
         "select", [cotangent], results, split=split, choose_together=together, k=k, rows_per_group=r
     )
     return Columns(values, index, (rows, n))
 
-
-def _together(k: int, names: tuple[str, ...], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    p = xla.select_over(names, cotangent, k)
-    return p.values, p.index

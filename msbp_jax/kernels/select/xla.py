@@ -21,3 +21,9 @@ def select_over(names: tuple[str, ...], cotangent: Float[Array, "rows n"], k: in
     scores = jnp.abs(cotangent).astype(accumulation_dtype(cotangent.dtype)).sum(axis=0)
     index = jnp.sort(lax.top_k(lax.psum(scores, names), k)[1])  # the order that native code returns
     return take_columns(cotangent, index[None], None)
+
+
+def together(k: int, names: tuple[str, ...], cotangent: Float[Array, "rows n"]) -> tuple[Array, Array]:
+    """Return the values and index of `select_over`."""
+    p = select_over(names, cotangent, k)
+    return p.values, p.index

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from msbp_jax.formats import Columns
 from msbp_jax.kernels import _native_calls
-from msbp_jax.kernels._residual import add_memory, carried_on
-from msbp_jax.kernels.select import xla
+from msbp_jax.kernels.select_with_memory import xla
 
 
 def select_with_memory(
@@ -28,7 +26,7 @@ def select_with_memory(
         [cotangent, memory.astype(jnp.float32)],
         results,
         split=("select_with_memory by slot" if memory.ndim == 2 else "select_with_memory", rows, r),
-        choose_together=functools.partial(_together, k, decay),
+        choose_together=functools.partial(xla.together, k, decay),
         k=k,
         rows_per_group=r,
         decay=float(decay),
@@ -36,12 +34,3 @@ def select_with_memory(
     )
     return Columns(values, index, (rows, n)), new_memory
 
-
-def _together(
-    k: int, decay: float, names: tuple[str, ...], cotangent: jax.Array, memory: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    u = add_memory(cotangent, memory)
-    p = xla.select_over(names, u, k)
-    by_slot = memory.ndim == 2
-    left = carried_on(u, p, decay, by_slot=by_slot)
-    return p.values.astype(cotangent.dtype), p.index, left if by_slot else jax.lax.pmean(left, names)

@@ -1,0 +1,39 @@
+"""For which device a program is being traced.
+
+That is the default one, unless the program is traced under a mesh that names another: this is how JAX compiles ahead of
+time, for a device that the machine need not have.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+_NAMES = {"cuda": "gpu", "rocm": "gpu"}
+
+
+class Device(NamedTuple):
+    """What is known of the device.
+
+    Attributes:
+      platform: "cpu", "gpu" or "tpu".
+      kind: Its name, such as "NVIDIA H100 80GB HBM3" or "TPU v5 lite".
+    """
+
+    platform: str
+    kind: str
+
+
+def target() -> Device:
+    """Return the device that the program now traced is for."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return Device(_NAMES.get(abstract.platform, abstract.platform), abstract.device_kind)
+    platform = jax.default_backend()
+    return Device(_NAMES.get(platform, platform), jax.devices()[0].device_kind)
+
+
+def platform() -> str:
+    """Return "cpu", "gpu" or "tpu"."""
+    return target().platform

@@ -1,0 +1,60 @@
+"""What the Pallas backends share: the sums that give the scores give the new memory, too, in the same pass over g."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from msbp_jax.formats import Columns
+from msbp_jax.kernels import _pallas
+from msbp_jax.kernels._column_sums import column_sums, mean_left
+from msbp_jax.kernels._partition import Call, Shapes
+from msbp_jax.kernels._residual import add_memory, carried_on
+from msbp_jax.kernels.select_with_memory import xla
+
+type KeptColumns = Callable[[jax.Array, jax.Array, jax.Array, int, int], tuple[jax.Array, jax.Array]]
+
+
+def select_and_remember(
+    platform: str,
+    kept_columns: KeptColumns,
+    cotangent: Float[Array, "rows n"],
+    memory: Float[Array, ...],
+    decay: float,
+    k: int,
+    rows_per_group: int | None,
+) -> tuple[Columns, Float[Array, ...]]:
+    """Run `select_with_memory` with a platform's kernels, `(g, m, scores, k, r) -> values, index`."""
+    _pallas.check(platform, cotangent)
+    rows, n = cotangent.shape
+    r = min(rows_per_group or rows, rows)
+    by_slot = memory.ndim == 2
+
+    def function(results: Shapes) -> Call:
+        del results
+
+        def call(g: jax.Array, memory: jax.Array) -> tuple[jax.Array, ...]:
+            here = min(r, g.shape[0])
+            scores, sums = column_sums(g, memory, here)
+            values, index = kept_columns(g, memory, scores, k, here)
+            if not by_slot:
+                return values, index, mean_left(sums, index, decay, g.shape[0])
+            p = Columns(values, index, (g.shape[0], n))
+            return values, index, carried_on(add_memory(g, memory), p, decay, by_slot=True)
+
+        return call
+
+    groups = -(-rows // r)
+    values, index, left = _pallas.run(
+        "select_with_memory",
+        function,
+        [cotangent, memory.astype(jnp.float32)],
+        [((groups, r, k), cotangent.dtype), ((groups, k), jnp.int32), (memory.shape, jnp.float32)],
+        ("select_with_memory by slot" if by_slot else "select_with_memory", rows, r),
+        functools.partial(xla.together, k, decay),
+    )
+    return Columns(values, index, (rows, n)), left

@@ -1,0 +1,16 @@
+"""`select_with_memory` on a GPU: the kernels of `select`, fed with g and m; u = g + m is not stored."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float
+
+from msbp_jax.formats import Columns
+from msbp_jax.kernels.select.gpu import kept_columns
+from msbp_jax.kernels.select_with_memory._fused import select_and_remember
+
+
+def select_with_memory(
+    cotangent: Float[Array, "rows n"], memory: Float[Array, ...], decay: float, k: int, rows_per_group: int | None
+) -> tuple[Columns, Float[Array, ...]]:
+    """See `msbp_jax.kernels.select_with_memory`."""
+    return select_and_remember("gpu", kept_columns, cotangent, memory, decay, k, rows_per_group)
