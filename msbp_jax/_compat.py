@@ -15,7 +15,7 @@ from jax.core import Tracer as Tracer
 from jax.core import eval_jaxpr as eval_jaxpr
 from jax.experimental import pallas as pallas
 from jax.experimental.custom_partitioning import custom_partitioning as custom_partitioning
-from jax.experimental.pallas import tpu as pallas_tpu
+from jax.experimental.pallas import tpu as pallas_tpu  # noqa: F401
 from jax.extend.core import ClosedJaxpr as ClosedJaxpr
 from jax.extend.core import Jaxpr as Jaxpr
 from jax.extend.core import JaxprEqn as JaxprEqn
@@ -35,7 +35,6 @@ from jax.extend.core.primitives import while_p as while_p
 
 # The tracers of forward-mode and reverse-mode differentiation. Only the first is exported, so both go by name.
 _DIFFERENTIATION_TRACERS = frozenset({"JVPTracer", "LinearizeTracer"})
-
 
 
 try:
@@ -122,6 +121,12 @@ def typed_like(array: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtype
     """Return the type of a kernel's result that varies over the same mesh axes under `shard_map` as one operand."""
     kind = jax.typeof(array).manual_axis_type
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+
+
+def all_axes_manual() -> bool:
+    """Whether the program now traced is the body of a `shard_map` over all axes of its mesh."""
+    kinds = jax.sharding.get_abstract_mesh().axis_types
+    return bool(kinds) and all(kind == jax.sharding.AxisType.Manual for kind in kinds)
 
 
 def call_varying(function: Any, arrays: Any) -> list[Any]:

@@ -120,7 +120,8 @@ def _check_on(sparsifier: Sparsifier, u: jax.Array) -> None:
     p, after = sparsifier.apply(u, state)
     _demand(isinstance(p, (Columns, Dense)), f"apply must return Columns or Dense, got {type(p).__name__}", where)
     _demand(p.shape == u.shape, f"it represents shape {p.shape}, expected {u.shape}", where)
-    _demand(p.values.dtype == u.dtype, f"its values are {p.values.dtype}, expected {u.dtype}", where)
+    scaled = isinstance(p, Columns) and p.scale is not None
+    _demand(scaled or p.values.dtype == u.dtype, f"its values are {p.values.dtype}, expected {u.dtype}", where)
     _demand(_types(after) == _types(state), f"the state became {_types(after)}, expected {_types(state)}", where)
     if isinstance(p, Columns):
         _check_columns(p, u, where, exact=p.unchanged and not jax.tree.leaves(state))

@@ -4,8 +4,17 @@ import hypothesis
 import jax
 import pytest
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
+
+def pytest_addoption(parser):
+    parser.addoption("--accelerator", action="store_true", help="use the GPU or TPU of this machine, not the CPU")
+
+
+def pytest_configure(config):
+    if not config.getoption("--accelerator"):
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", 8)
+
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

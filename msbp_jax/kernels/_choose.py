@@ -1,14 +1,16 @@
 """Which backend runs the products of a layer: the one whose expected time is least.
 
-On a CPU the times are a linear model in the work that each path does, for two cores; `python -m benchmarks choice` measures the
-paths on a grid of shapes, fits the coefficients below, and writes the file that a test holds them against: whatever is
-chosen took at most 15 % longer than the best (or 60 microseconds, the cost of two calls). More cores make every path
-faster alike, so that the order holds.
+On a CPU the times are a linear model in the work that each path does, for two cores; `python -m benchmarks choice`
+measures the paths on a grid of shapes, fits the coefficients below, and writes the file that a test holds them against:
+whatever is chosen took at most 15 % longer than the best (or 60 microseconds, the cost of two calls). More cores make
+every path faster alike, so that the order holds.
 
 On other platforms they are estimates from published rates, `_roofline`, until something is measured there.
 """
 
 from __future__ import annotations
+
+import jax
 
 from msbp_jax.formats import Columns
 from msbp_jax.kernels import _native_calls, _platform, _roofline
@@ -143,10 +145,13 @@ def expected_speed_up(rows: int, m: int, n: int, k: int, rows_per_group: int, ba
 def note() -> str:
     """Return what is to be said about this installation or device, or ""."""
     if _platform.platform() != "cpu":
-        return (
+        text = (
             "Backends and warnings follow from published rates of the device, not from measurements on one; "
-            "`python -m benchmarks accelerator` of the source tree measures."
+            "`python -m benchmarks.accelerator` of the source tree measures."
         )
+        if _platform.platform() == "tpu" and jax.device_count() > 1:
+            text += " Outside shard_map, xla serves for tpu: JAX cannot split a TPU kernel over devices."
+        return text
     if _native_calls.available():
         return ""
     return (

@@ -21,9 +21,7 @@ def column_sums(
     return jnp.abs(grouped).sum(axis=1), finite(grouped).sum(axis=1)
 
 
-def mean_left(
-    sums: Float[Array, "G n"], index: Int[Array, "G k"], decay: float, rows: int
-) -> Float[Array, " n"]:
+def mean_left(sums: Float[Array, "G n"], index: Int[Array, "G k"], decay: float, rows: int) -> Float[Array, " n"]:
     """Return `decay * mean over rows of (u - p)` where `p` keeps the columns `index` of `u` as they are."""
     groups = jnp.arange(index.shape[0], dtype=index.dtype)[:, None]
     left = sums.at[groups, index].set(0, mode="promise_in_bounds", unique_indices=True)

@@ -18,6 +18,7 @@ import numpy as np
 
 from msbp_jax import _compat
 from msbp_jax.kernels import _partition, _platform
+from msbp_jax.kernels._derivative import without_derivative
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
@@ -92,10 +93,11 @@ def call(
         return lambda *arrays: tuple(function(*arrays, instruction_set=np.int64(instruction_set), **numbers))
 
     if split is None or varies or jax.device_count() == 1:
-        return list(call_for(results)(*alike))
+        return list(without_derivative(name, "native", call_for(results))(*alike))
     key, rows, group = split
     way = _partition.SPLITS[key]
-    return list(_partition.partitioned(way, rows, group, results, call_for, choose_together)(*alike))
+    split_call = _partition.partitioned(way, rows, group, results, call_for, choose_together)
+    return list(without_derivative(name, "native", split_call)(*alike))
 
 
 def _number(value: Any) -> Any:

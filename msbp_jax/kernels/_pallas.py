@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from msbp_jax import _compat
 from msbp_jax._compat import pallas
 from msbp_jax.formats import Columns
 from msbp_jax.kernels import _partition, _platform
+from msbp_jax.kernels._derivative import without_derivative
 
 DTYPES: Final = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 # What a TPU kernel may use of the fast memory beside the matrix unit: the smallest of the generations has 64 MiB.
 VMEM_BYTES: Final = 48 * 2**20
+_VMEM: Final = _compat.pallas_tpu.VMEM
 
 # How a kernel runs where its platform is not at hand. Tests put `InterpretParams(detect_races=True)` here.
 INTERPRET: dict[str, Any] = {"tpu": True, "gpu": True}
@@ -69,23 +71,44 @@ class Kernel:
             return _compat.call_varying(functools.partial(self._call, interpret), alike)
         return self._call(interpret, *alike)
 
+    def fast_memory(self, operands: Sequence[jax.Array]) -> int:
+        """Return the bytes of a TPU's fast memory that the call takes: blocks twice, as they are copied ahead."""
+        arrays: list[Any] = [*operands, *_avals(self.results)]
+        specs = zip([*(self.in_specs or ()), *(self.out_specs or ())], arrays, strict=True)
+        blocks = [(spec.block_shape, array.dtype) for spec, array in specs if spec.memory_space is None]
+        scratch = [(memory.shape, memory.dtype) for memory in self.scratch if memory.memory_space == _VMEM]
+        return sum(2 * _tiled_bytes(*block) for block in blocks) + sum(_tiled_bytes(*block) for block in scratch)
+
     def _call(self, interpret: Any, *operands: jax.Array) -> list[jax.Array]:
+        if self.platform == "tpu" and (needed := self.fast_memory(operands)) > VMEM_BYTES:
+            raise NotImplementedError(f"{self.name} would take {needed} bytes of fast memory, of {VMEM_BYTES}")
+        self.body.__name__ = self.name  # by which a GPU's profiler knows it
         arrays = [*self.results, *((operand.shape, operand.dtype) for operand in operands)]
-        moved = self.bytes_moved or sum(int(np.prod(shape)) * jnp.dtype(dtype).itemsize for shape, dtype in arrays)
-        specs = {"in_specs": self.in_specs, "out_specs": self.out_specs}
+        moved = self.bytes_moved or sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in arrays)
         function = pallas.pallas_call(
             self.body,
             out_shape=[_compat.typed_like(operands[0], shape, dtype) for shape, dtype in self.results],
             grid=self.grid,
+            in_specs=self.in_specs or pallas.no_block_spec,
+            out_specs=self.out_specs or pallas.no_block_spec,
             scratch_shapes=self.scratch,
             input_output_aliases=dict(self.aliases),
             compiler_params=self.params,
             cost_estimate=pallas.CostEstimate(flops=self.operations, bytes_accessed=moved, transcendentals=0),
             interpret=interpret,
             name=self.name,
-            **{key: list(value) for key, value in specs.items() if value is not None},
         )
         return list(function(*operands))
+
+
+def _avals(results: Sequence[tuple[tuple[int, ...], Any]]) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(*result) for result in results]
+
+
+def _tiled_bytes(shape: Sequence[int], dtype: Any) -> int:
+    """Return the bytes of a block, whose last two axes are filled up to a register's rows and lanes."""
+    *front, rows, lanes = (1, *shape)
+    return math.prod(front) * -(-rows // 8) * 8 * -(-lanes // 128) * 128 * jnp.dtype(dtype).itemsize
 
 
 def check(platform: str, *arrays: jax.Array) -> None:
@@ -121,32 +144,24 @@ def run(
       choose_together: What a selection does where devices have parts of its one group; see `_partition`.
 
     Raises:
-      NotImplementedError: When it is differentiated.
+      NotImplementedError: On several TPUs outside `shard_map`; when it is differentiated.
     """
     alike, varies, _ = _compat.varying_alike(operands)
-    if varies or jax.device_count() == 1 or not _splits_here():
+    if varies or _compat.all_axes_manual() or jax.device_count() == 1 or not _splits_here():
         call = function(results)
+    elif _platform.platform() == "tpu":
+        raise NotImplementedError(
+            f"{op}: JAX cannot split a TPU kernel over the {jax.device_count()} devices of a jit-compiled program "
+            "(github.com/jax-ml/jax/issues/38196). Inside jax.shard_map it runs; elsewhere XLA serves."
+        )
     else:
         key, rows, group = split
         call = _partition.partitioned(_partition.SPLITS[key], rows, group, results, function, choose_together)
-    return list(_without_derivative(op, call)(*alike))
+    return list(without_derivative(op, "Pallas", call)(*alike))
 
 
 def _splits_here() -> bool:
     return all(how is True for how in INTERPRET.values())  # the simulator of a device cannot be split over several
-
-
-def _without_derivative(op: str, call: _partition.Call) -> _partition.Call:
-    guarded = jax.custom_jvp(lambda *arrays: call(*arrays))
-
-    @guarded.defjvp
-    def _refuse(primals: Any, tangents: Any) -> Any:
-        raise NotImplementedError(
-            f"{op} ran in a Pallas kernel, which has no derivative, so the sparse backward cannot be differentiated a "
-            'second time. Pass backend="xla" to sparse_vjp for second derivatives.'
-        )
-
-    return guarded
 
 
 def parts(cotangent: Columns) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,7 +1,7 @@
 """Expected times on GPUs and TPUs: operations over the chip's published rate, and bytes over its published bandwidth.
 
 Nothing was measured for these figures. They put the paths of a layer into an order and tell a layer that gains from
-one that loses; `python -m benchmarks accelerator` measures, on a chip, what they leave open.
+one that loses; `python -m benchmarks.accelerator` measures, on a chip, what they leave open.
 """
 
 from __future__ import annotations
@@ -70,12 +70,14 @@ def seconds(path: str, device: Device, rows: int, m: int, n: int, k: int, rows_p
     least = max(rows_per_group, 16) / rows_per_group
     sparse = 4 * rows * k * m * least
     arrays = _ENTRY * (2 * rows * m + 2 * m * n)
+    moved: float
+    work: tuple[float, float, float]
     match path:
         case "plain" | "dense":
             written = 3 * _ENTRY * rows * n if path == "dense" else 0
             work = 4 * rows * m * n / _XLA_REACHES, arrays + _ENTRY * rows * n + written, 0.0
         case "xla":
-            # The gathered block of wᵀ is written and read; so are the products that make dw, and what they are added to.
+            # The gathered block of wᵀ is written and read; so are the products that make dw, and their sums.
             moved = gathered * (2 * _ENTRY + (0 if groups == 1 else 4 * _SUM)) + _ENTRY * m * n
             work = sparse / _XLA_REACHES, arrays + moved + (0 if groups == 1 else 3 * _SUM * m * n), 0.0
         case "gpu":

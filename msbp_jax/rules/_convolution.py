@@ -81,7 +81,8 @@ class Convolution:
             case "patches":
                 return self._by_patches(x, w, p, out, backend)
             case _:
-                return dense_products(self, operands, self.program_g(p.materialize()[None], operands, out))
+                g = p.dequantized(w.dtype).materialize()[None]
+                return dense_products(self, operands, self.program_g(g, operands, out))
 
     def _by_patches(
         self, x: jax.Array, w: jax.Array, p: Columns, out: Shape, backend: str | None

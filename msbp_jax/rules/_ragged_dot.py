@@ -67,6 +67,7 @@ class RaggedDot:
         del backend
         x, w, *sizes = operands
         if self.path(p.index.shape[0]) == "dense":
-            return dense_products(self, operands, self.program_g(p.materialize()[None], operands, out))
+            g = p.dequantized(w.dtype).materialize()[None]
+            return dense_products(self, operands, self.program_g(g, operands, out))
         g = p.dequantized(w.dtype).values[0][: p.shape[0]]
         return narrow_products(lambda x, w: self.forward(x, w, *sizes), x, w, 2, p.index[0], g)

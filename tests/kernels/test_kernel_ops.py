@@ -13,17 +13,18 @@ import pytest
 import msbp_jax as msbp
 from msbp_jax import kernels
 from msbp_jax.formats import Columns, Dense, group_rows, take_columns
-from msbp_jax.kernels import _choose, _chunks, _dispatch, _native_calls
+from msbp_jax.kernels import _choose, _chunks, _dispatch
 from msbp_jax.testing import check_backend, dense_products, random_gradient
 
 ROUNDING = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
-BACKENDS = [(op, backend) for op, backends in msbp.backends().items() for backend in backends]
+INTERPRETED = ("gpu", "tpu")  # slow here; test_pallas.py has them
+BACKENDS = [(op, name) for op, names in msbp.backends().items() for name in names if name not in INTERPRETED]
 BUDGETS = {"xla": [1, 500, 10**9]}  # the others have no chunks
 CASES = [(op, backend, budget) for op, backend in BACKENDS for budget in BUDGETS.get(backend, [10**9])]
 executed: set[str] = set()
 
 
-@pytest.mark.parametrize("backend", sorted({backend for _, backend in BACKENDS}))
+@pytest.mark.parametrize("backend", sorted({backend for _, backend in BACKENDS} - {"dense"}))
 def test_public_oracle(backend):
     check_backend(backend)
 
@@ -87,7 +88,9 @@ def test_vmap(op, group):
 
 @pytest.mark.parametrize("group", [1, 4, 8, None])
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("backend", [name for name in msbp.backends()["grad_input"] if name != "dense"])
+@pytest.mark.parametrize(
+    "backend", [name for name in msbp.backends()["grad_input"] if name not in ("dense", *INTERPRETED)]
+)
 def test_no_masked_copy_of_the_cotangent(group, axis, backend):
     """No float intermediate of the two products has the cotangent's shape."""
     rows, m, n, k = 24, 7, 37, 5
@@ -115,6 +118,7 @@ def test_nan_and_infinity_are_selected_first():
         assert sorted(kernels.select(u, 2, None, backend=backend).index[0].tolist()) == [4, 9]
 
 
+@hypothesis.settings(max_examples=12)
 @hypothesis.given(
     rows=st.integers(1, 9), n=st.integers(1, 12), group=st.sampled_from([1, 2, 3, 7, None]),
     dtype=st.sampled_from(list(ROUNDING)), data=st.data(),
@@ -215,12 +219,3 @@ def test_warnings():
     slow = _choose.warning(1024, 1024, 1024, 41, 1, "xla")
     assert "rows_per_group=32 or more is faster" in slow
     assert "better left dense" in _choose.warning(32, 64, 64, 60, 32, "xla")
-
-
-def test_elsewhere_nothing_is_claimed(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert _choose.fastest_first(1024, 1024, 1024, 41, 1) == ("xla", "dense")
-    assert _choose.warning(1024, 1024, 1024, 900, 1) == ""
-    assert _choose.note() == ""
-    with pytest.raises(NotImplementedError, match="run on CPU, and JAX's default here is gpu"):
-        _native_calls.check()

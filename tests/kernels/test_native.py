@@ -204,7 +204,7 @@ def test_without_them_xla_serves():
         "print(f.report(jnp.ones((512, 512)), jnp.ones((128, 512))))\n"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "('xla', 'dense') ('xla',)" in out
+    assert "('gpu', 'tpu', 'xla', 'dense') ('gpu', 'tpu', 'xla')" in out
     assert "The native CPU kernels were not built" in out
 
 

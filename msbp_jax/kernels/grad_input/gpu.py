@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from msbp_jax._compat import pallas
 from msbp_jax.formats import Columns, accumulation_dtype
@@ -45,7 +45,7 @@ def grad_input(
 
 
 def _product(
-    values: Float[Array, "G r k"],
+    values: Num[Array, "G r k"],
     index: Int[Array, "G k"],
     scale: Float[Array, " G"],
     w: Float[Array, "n m"],
@@ -66,7 +66,7 @@ def _product(
         group, column, row = (pallas.program_id(axis) for axis in range(3))
         rows, columns = pallas.ds(row * height, height), pallas.ds(column * width, width)
 
-        def add(block: int, total: jax.Array) -> jax.Array:
+        def add(block: jax.Array, total: jax.Array) -> jax.Array:
             kept = pallas.ds(block * depth, depth)
             return total + jnp.dot(
                 values_ref[group, rows, kept].astype(kind),

@@ -7,12 +7,14 @@ in scalar memory. bfloat16 rows lie in pairs there and cannot be copied singly, 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float, Num, UInt32
 
 from msbp_jax._compat import pallas, pallas_tpu
 from msbp_jax.formats import Columns, accumulation_dtype
@@ -37,7 +39,8 @@ def grad_input(
 
         def call(values: jax.Array, index: jax.Array, scale: jax.Array, weight: jax.Array) -> tuple[jax.Array, ...]:
             turned = weight if feature_axis == 0 else weight.T
-            return (_product(values, index, scale, turned, how, dtype).reshape(-1, turned.shape[1])[:rows],)
+            product = _mapped(functools.partial(_product, precision=how, dtype=dtype))
+            return (product(values, index, scale, turned).reshape(-1, turned.shape[1])[:rows],)
 
         return call
 
@@ -46,8 +49,31 @@ def grad_input(
     return _pallas.run("grad_input", function, [*_pallas.parts(cotangent), weight], results, split)[0]
 
 
+def _mapped(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Return the product with a rule for vmap: the groups of all are groups of one, their weights one above another.
+
+    A weight in main memory, of which the kernel copies what it wants, cannot be cut into blocks for it.
+    """
+    mapped = jax.custom_batching.custom_vmap(product)
+
+    @mapped.def_vmap
+    def _over_batch(size: int, batched: Sequence[bool], *operands: jax.Array) -> tuple[jax.Array, bool]:
+        *of_groups, w = (
+            array if is_batched or i == 3 else jnp.broadcast_to(array, (size, *array.shape))
+            for i, (array, is_batched) in enumerate(zip(operands, batched, strict=True))
+        )
+        if batched[3]:
+            first = jnp.arange(size, dtype=jnp.int32) * w.shape[1]
+            of_groups[1] = of_groups[1] + first[:, None, None]
+            w = w.reshape(-1, w.shape[2])
+        dx = mapped(*(array.reshape(-1, *array.shape[2:]) for array in of_groups), w)
+        return dx.reshape(size, -1, *dx.shape[1:]), True
+
+    return mapped
+
+
 def _product(
-    values: Float[Array, "G r k"],
+    values: Num[Array, "G r k"],
     index: jax.Array,
     scale: Float[Array, " G"],
     w: Float[Array, "n m"],
@@ -131,9 +157,7 @@ def _product(
         platform="tpu",
         results=[((groups, values.shape[1], words.shape[1] * halves), dtype)],
         grid=grid,
-        params=pallas_tpu.CompilerParams(
-            dimension_semantics=("arbitrary",) * 4, vmem_limit_bytes=_pallas.VMEM_BYTES
-        ),
+        params=pallas_tpu.CompilerParams(dimension_semantics=("arbitrary",) * 4, vmem_limit_bytes=_pallas.VMEM_BYTES),
         in_specs=[
             pallas.BlockSpec((1, 1, depth), block_now, memory_space=scalars),
             pallas.BlockSpec((1, 1, depth), next_block, memory_space=scalars),

@@ -31,7 +31,9 @@ def grad_input(
         blocks = _product(cotangent.values, _gathered(weight, cotangent.index, feature_axis), precision, result)
     else:
         blocks = lax.map(
-            lambda group: _product(group[0][None], _gathered(weight, group[1][None], feature_axis), precision, result)[0],
+            lambda group: _product(group[0][None], _gathered(weight, group[1][None], feature_axis), precision, result)[
+                0
+            ],
             (cotangent.values, cotangent.index),
             batch_size=at_once,
         )

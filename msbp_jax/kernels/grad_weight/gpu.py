@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from msbp_jax import _compat
 from msbp_jax._compat import pallas
@@ -56,15 +56,15 @@ def grad_weight(
 
 
 class _Terms(NamedTuple):
-    """Which rows of the products add up to each row of dw: `order[first[f] : first[f] + count[f]]`."""
+    """Which rows of the products add up to each row of dw: `order[first[f] : first[f] + terms[f]]`."""
 
     order: Int[Array, " kept"]
     first: Int[Array, " n"]
-    count: Int[Array, " n"]
+    terms: Int[Array, " n"]
 
 
 def _product(
-    values: Float[Array, "G r k"],
+    values: Num[Array, "G r k"],
     index: Int[Array, "G k"],
     scale: Float[Array, " G"],
     x: Float[Array, "rows m"],
@@ -86,7 +86,7 @@ def _product(
     empty = lax.empty(shape[::-1] if feature_axis == 1 else shape, dtype)
     dw = _compat.varying_alike([empty, x])[0][0]
 
-    def chunk(i: int, dw: jax.Array) -> jax.Array:
+    def chunk(i: Any, dw: jax.Array) -> jax.Array:
         at = jnp.full((1,), i * width, jnp.int32)
         products = _products(values, scale, x, at, (kept, columns, rows), width, precision, dtype)
         return _sums(products.reshape(-1, width), terms, dw, at, columns, feature_axis)
@@ -96,7 +96,7 @@ def _product(
 
 
 def _terms(index: Int[Array, "G k"], n: int, k_padded: int) -> _Terms:
-    groups, k = index.shape
+    k = index.shape[1]
     columns = index.reshape(-1)
     order = jnp.argsort(columns, stable=True).astype(jnp.int32)
     count = jnp.zeros(-(-n // _FEATURES) * _FEATURES, jnp.int32).at[columns].add(1, mode="promise_in_bounds")
@@ -104,10 +104,10 @@ def _terms(index: Int[Array, "G k"], n: int, k_padded: int) -> _Terms:
 
 
 def _products(
-    values: Float[Array, "G r k"],
+    values: Num[Array, "G r k"],
     scale: Float[Array, " G"],
     x: Float[Array, "G r m"],
-    at: Int[Array, "1"],
+    at: Int[Array, " 1"],
     tile: tuple[int, int, int],
     width: int,
     precision: Any,
@@ -123,7 +123,7 @@ def _products(
         features = pallas.ds(i * kept, kept)
         from_x = pallas.ds(pallas.multiple_of(at_ref[0], columns) + j * columns, columns)
 
-        def add(block: int, total: jax.Array) -> jax.Array:
+        def add(block: jax.Array, total: jax.Array) -> jax.Array:
             some = pallas.ds(block * rows, rows)
             return total + jnp.dot(
                 values_ref[group, some, features].astype(kind).T,
@@ -152,15 +152,16 @@ def _sums(
     products: Float[Array, "kept width"],
     terms: _Terms,
     dw: Float[Array, ...],
-    at: Int[Array, "1"],
+    at: Int[Array, " 1"],
     columns: int,
     feature_axis: int,
 ) -> Float[Array, ...]:
     """Write the sums of products into `dw`, from the column (or row) `at` on."""
     last = terms.order.shape[0] - 1
-    n = terms.count.shape[0]
+    n = terms.terms.shape[0]
 
-    def body(products_ref: Any, order_ref: Any, first_ref: Any, count_ref: Any, at_ref: Any, _: Any, dw_ref: Any):
+    def body(*refs: Any) -> None:
+        products_ref, order_ref, first_ref, count_ref, at_ref, _, dw_ref = refs
         i, j = pallas.program_id(0), pallas.program_id(1)
         features = pallas.ds(i * _FEATURES, _FEATURES)
         first, count = first_ref[features], count_ref[features]

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from msbp_jax._compat import pallas, pallas_tpu
 from msbp_jax.formats import Columns, accumulation_dtype, group_rows
@@ -49,7 +49,7 @@ def grad_weight(
 
 
 def _product(
-    values: Float[Array, "G r k"],
+    values: Num[Array, "G r k"],
     index: Int[Array, "G k"],
     scale: Float[Array, " G"],
     x: Float[Array, "rows m"],
@@ -73,8 +73,8 @@ def _product(
     blocks = index.reshape(groups, 1, -1, depth)
     ends = jnp.stack([blocks.min(axis=3), blocks.max(axis=3)], axis=3).reshape(groups, 1, -1)
 
-    def body(index_ref: Any, ends_ref: Any, scale_ref: Any, values_ref: Any, x_ref: Any, dw_ref: Any, *scratch: Any):
-        total_ref, rows_ref = scratch
+    def body(*refs: Any) -> None:
+        index_ref, ends_ref, scale_ref, values_ref, x_ref, dw_ref, total_ref, rows_ref = refs
         tile, _, group, chunk, block = (pallas.program_id(axis) for axis in range(5))
         low = tile * height
 
@@ -95,7 +95,7 @@ def _product(
             for part in range(parts):
                 rows_ref[:, part, :] = rows[:, part * _LANES : (part + 1) * _LANES] * scale_ref[0, 0, 0]
 
-            def add(j: int, _: None) -> None:
+            def add(j: jax.Array, _: None) -> None:
                 row = index_ref[0, 0, j] - low
                 # Rows of another tile go to one behind the last: cheaper than a branch.
                 total_ref[jnp.where((row >= 0) & (row < height), row, height)] += rows_ref[j]
@@ -104,7 +104,7 @@ def _product(
 
         @pallas.when((group == grid[2] - 1) & (chunk == grid[3] - 1) & (block == grid[4] - 1))
         def _store() -> None:
-            def store(i: int, _: None) -> None:
+            def store(i: jax.Array, _: None) -> None:
                 features = pallas.ds(pallas.multiple_of(i * _LANES, _LANES), _LANES)
                 for part in range(parts):
                     lanes = slice(part * _LANES, (part + 1) * _LANES)
@@ -126,9 +126,7 @@ def _product(
         platform="tpu",
         results=[(shape, dtype)],
         grid=grid,
-        params=pallas_tpu.CompilerParams(
-            dimension_semantics=("arbitrary",) * 5, vmem_limit_bytes=_pallas.VMEM_BYTES
-        ),
+        params=pallas_tpu.CompilerParams(dimension_semantics=("arbitrary",) * 5, vmem_limit_bytes=_pallas.VMEM_BYTES),
         in_specs=[
             pallas.BlockSpec((1, 1, depth), lambda t, c, g, chunk, block: (g, 0, block), memory_space=scalars),
             pallas.BlockSpec((1, 1, 2 * grid[4]), lambda t, c, g, chunk, block: (g, 0, 0), memory_space=scalars),

@@ -1,7 +1,7 @@
 """`select` on a GPU, in two kernels and without a sort.
 
-1. The kept columns of a group. The k-th largest score is found by bisection on the bits of the scores, which are ordered
-   like the scores themselves; a running count then gives every kept column its place.
+1. The kept columns of a group. The k-th largest score is found by bisection on the bits of the scores, which are
+   ordered like the scores themselves; a running count then gives every kept column its place.
 2. The kept entries, gathered from g.
 
 Pallas lowers them to Triton here; nothing in them is particular to it but the sizes, powers of two.
@@ -74,21 +74,21 @@ def _best(scores: Float[Array, "G n"], k: int) -> Int[Array, "G k"]:
     def body(scores_ref: Any, index_ref: Any) -> None:
         group = pallas.program_id(0)
 
-        def bits(tile: jax.Array) -> jax.Array:
+        def bits(tile: Any) -> jax.Array:
             return lax.bitcast_convert_type(scores_ref[group, pallas.ds(tile * width, width)], jnp.int32)
 
         def count(wanted: Callable[[jax.Array], jax.Array]) -> jax.Array:
             add = lambda tile, total: total + jnp.sum(wanted(bits(tile)).astype(jnp.int32))
             return lax.fori_loop(0, tiles, add, jnp.int32(0))
 
-        def at_least(bit: int, threshold: jax.Array) -> jax.Array:
+        def at_least(bit: jax.Array, threshold: jax.Array) -> jax.Array:
             higher = threshold | (jnp.int32(1) << (30 - bit))
             return jnp.where(count(lambda b: b >= higher) >= k, higher, threshold)
 
         threshold = lax.fori_loop(0, 31, at_least, jnp.int32(0))
         ties_kept = k - count(lambda b: b > threshold)
 
-        def write(tile: int, before: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def write(tile: jax.Array, before: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             here = bits(tile)
             above, tie = (here > threshold).astype(jnp.int32), (here == threshold).astype(jnp.int32)
             above_before, ties_before = (

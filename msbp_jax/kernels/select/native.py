@@ -25,4 +25,3 @@ def select(cotangent: Float[Array, "rows n"], k: int, rows_per_group: int | None
         "select", [cotangent], results, split=split, choose_together=together, k=k, rows_per_group=r
     )
     return Columns(values, index, (rows, n))
-

@@ -71,7 +71,7 @@ def _places(scores: Float[Array, "G n"], k: int) -> Int[Array, "G n"]:
     groups, n = scores.shape
 
     def body(scores_ref: Any, place_ref: Any) -> None:
-        def at_least(bit: int, threshold: jax.Array) -> jax.Array:
+        def at_least(bit: jax.Array, threshold: jax.Array) -> jax.Array:
             higher = threshold | (jnp.int32(1) << (30 - bit))
             return jnp.where(_count(_bits(scores_ref[...]) >= higher) >= k, higher, threshold)
 
@@ -79,7 +79,7 @@ def _places(scores: Float[Array, "G n"], k: int) -> Int[Array, "G n"]:
         ties_kept = k - _count(_bits(scores_ref[...]) > threshold)
         further_left = _ones(_iota((LANES, LANES), 0) < _iota((LANES, LANES), 1))
 
-        def tile(i: int, before: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def tile(i: jax.Array, before: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             lanes = pallas.ds(pallas.multiple_of(i * LANES, LANES), LANES)
             bits = _bits(scores_ref[:, lanes])
             above, tie = bits > threshold, bits == threshold
@@ -138,7 +138,7 @@ def _moved(
         moved_ref[...] = jnp.zeros_like(moved_ref)
         number_ref[...] = jnp.zeros_like(number_ref)
 
-        def tile(t: int, _: None) -> None:
+        def tile(t: jax.Array, _: None) -> None:
             lanes = pallas.ds(pallas.multiple_of(t * LANES, LANES), LANES)
             block = before_ref[0, 0, t] // LANES
             places = pallas.ds(pallas.multiple_of(block * LANES, LANES), 2 * LANES)
@@ -187,7 +187,7 @@ def _moved(
     return values[:, :r], index[:, 0]
 
 
-def _rows(group: int, tile: int) -> tuple[int, int, int]:
+def _rows(group: jax.Array, tile: jax.Array) -> tuple[Any, Any, int]:
     return group, tile, 0
 
 

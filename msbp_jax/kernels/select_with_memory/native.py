@@ -33,4 +33,3 @@ def select_with_memory(
         by_slot=memory.ndim == 2,
     )
     return Columns(values, index, (rows, n)), new_memory
-
