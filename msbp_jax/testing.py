@@ -100,15 +100,29 @@ def dense_products(p: Format, x: Any, w: Any, feature_axis: int) -> tuple[np.nda
       w: `[m, n]` if `feature_axis` is 1, `[n, m]` if it is 0; `dw` is oriented like it.
       feature_axis: Where n stands in `w`.
     """
-    dense, x, w = (np.asarray(a, np.float64) for a in (p.materialize(), x, w))
+    dense, x, w = (np.asarray(a, np.float64) for a in (written_out(p), x, w))
     dw = x.T @ dense
     return (dense @ w.T, dw) if feature_axis == 1 else (dense @ w, dw.T)
 
 
 def random_gradient(seed: int, rows: int, n: int) -> jax.Array:
     """Return a heavy-tailed float32 matrix, `[rows, n]`, as gradients are: a normal times a log-normal."""
-    normal, tail = jax.random.split(jax.random.key(seed))
-    return jax.random.normal(normal, (rows, n)) * jnp.exp(jax.random.normal(tail, (rows, n)))
+    draw = np.random.default_rng(seed)  # NumPy's need no compiling for each shape
+    return jnp.asarray(draw.normal(size=(rows, n)) * np.exp(draw.normal(size=(rows, n))), jnp.float32)
+
+
+def written_out(p: Format) -> np.ndarray:
+    """Return the matrix that a format stands for, `[rows, n]`, by NumPy and in float64."""
+    values = np.asarray(p.values, np.float64)
+    if isinstance(p, Dense):
+        return values
+    if p.scale is not None:
+        values = values * np.asarray(p.scale, np.float64)[:, None, None]
+    rows, n = p.shape
+    groups, r, _ = values.shape
+    matrix = np.zeros((groups, r, n))
+    np.put_along_axis(matrix, np.asarray(p.index)[:, None].repeat(r, axis=1), values, axis=2)
+    return matrix.reshape(-1, n)[:rows]
 
 
 def _check_on(sparsifier: Sparsifier, u: jax.Array) -> None:

@@ -27,6 +27,8 @@ DTYPES: Final = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 VMEM_BYTES: Final = 48 * 2**20
 _VMEM: Final = _compat.pallas_tpu.VMEM
 
+_MADE_FOR: Final = {"tpu": ("TPU v5", "TPU v6", "TPU7x"), "gpu": ("NVIDIA",)}
+
 # How a kernel runs where its platform is not at hand. Tests put `InterpretParams(detect_races=True)` here.
 INTERPRET: dict[str, Any] = {"tpu": True, "gpu": True}
 
@@ -115,11 +117,17 @@ def check(platform: str, *arrays: jax.Array) -> None:
     """Decline what the kernels do not do.
 
     Raises:
-      NotImplementedError: Another accelerator, or a dtype other than float32 and bfloat16.
+      NotImplementedError: Another device, or a dtype other than float32 and bfloat16.
     """
-    here = _platform.platform()
-    if here not in (platform, "cpu"):
-        raise NotImplementedError(f"the {platform} kernels run on {platform.upper()}, and the program is for {here}")
+    here = _platform.target()
+    if here.platform not in (platform, "cpu"):
+        raise NotImplementedError(
+            f"the {platform} kernels run on {platform.upper()}, and the program is for {here.platform}"
+        )
+    if here.platform == platform and not any(name in here.kind for name in _MADE_FOR[platform]):
+        raise NotImplementedError(
+            f"the {platform} kernels are made for {', '.join(_MADE_FOR[platform])}, and the program is for {here.kind}"
+        )
     for array in arrays:
         if array.dtype not in DTYPES:
             raise NotImplementedError(f"the {platform} kernels take float32 and bfloat16, got {array.dtype}")

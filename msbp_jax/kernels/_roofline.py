@@ -46,6 +46,11 @@ _SUM = 4  # and of a sum
 _COPY_SECONDS, _ADD_SECONDS = 2e-8, 4e-9
 
 
+def known(device: Device) -> bool:
+    """Whether the rates of a device are in the table."""
+    return any(name in device.kind for name in CHIPS)
+
+
 def chip(device: Device) -> Chip:
     """Return the rates of a device, or those of an older chip of its platform if they are not known."""
     return next((rates for name, rates in CHIPS.items() if name in device.kind), _OTHERS[device.platform])

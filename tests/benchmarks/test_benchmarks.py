@@ -11,7 +11,7 @@ import pytest
 
 import msbp_jax as msbp
 from benchmarks import __main__ as command
-from benchmarks import choice, convolutions, gradients, layers, models, repeated_sites, steps
+from benchmarks import accelerator, choice, convolutions, gradients, layers, models, repeated_sites, steps
 from benchmarks.peers import Torch
 
 
@@ -48,6 +48,23 @@ def test_every_part_but_compiling(parts, tmp_path, monkeypatch, capsys):
     assert all(result[part]["rows"] and result[part]["machine"]["jax"] for part in parts)
     assert (tmp_path / "steps.png").exists() == ("steps" in parts)
     assert f"## {parts[0]}" in (tmp_path / "results.md").read_text()
+
+
+def test_accelerator(tmp_path, monkeypatch, capsys):
+    """All that a GPU or TPU is to measure; here the kernels are interpreted."""
+    accelerator.main(["--small", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "accelerator.json").read_text())
+    assert {row["backend"] for row in result["errors"]} == {"xla", "gpu", "tpu"}
+    for row in result["errors"]:
+        assert float(row["dx"]) < 1e-5
+        assert float(row["dw"]) < 1e-5
+    assert [row["r"] for row in result["layers"]] == [16, "all"]
+    assert all(row["dense/chosen"] > 0 and row["chosen/floor"] > 0 for row in result["layers"])
+    assert [row["backward"] for row in result["transformer"]] == ["dense", "MSBP 1/8"]
+    assert "## layers" in (tmp_path / "accelerator.md").read_text()
+    with pytest.raises(SystemExit):
+        accelerator.main([])
+    assert "no GPU or TPU" in capsys.readouterr().err
 
 
 def test_an_absent_peer_is_a_reason(tmp_path):

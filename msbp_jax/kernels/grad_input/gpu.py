@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from msbp_jax._compat import pallas
 from msbp_jax.formats import Columns, accumulation_dtype
-from msbp_jax.kernels import _pallas
+from msbp_jax.kernels import _pallas, _platform, _roofline
 from msbp_jax.kernels._partition import Call, Shapes
 
 _ROWS, _COLUMNS = 128, 128  # of a tile of dx
@@ -84,7 +84,8 @@ def _product(
         platform="gpu",
         results=[((groups, values.shape[1], w.shape[1]), dtype)],
         grid=grid,
-        params=_pallas.triton_params(warps=8, stages=3),
+        # Two stages take 64 KiB of shared memory, which every chip has; the larger ones have room for three.
+        params=_pallas.triton_params(warps=8, stages=3 if _roofline.known(_platform.target()) else 2),
         operations=2 * groups * r * k * m,
     )
     return kernel(values, index, scale, w)[0][:, :r, :m]

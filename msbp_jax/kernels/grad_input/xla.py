@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from msbp_jax.formats import Columns, accumulation_dtype
-from msbp_jax.kernels import _platform
+from msbp_jax.formats import Columns
 from msbp_jax.kernels._chunks import groups_at_once
+from msbp_jax.kernels._dot import dot
 from msbp_jax.kernels._layout import transposed
 
 
@@ -25,18 +25,17 @@ def grad_input(
     cotangent = cotangent.dequantized(weight.dtype)
     groups, size, k = cotangent.values.shape
     m = weight.shape[1 - feature_axis]
-    result = result_dtype(accumulation_dtype(cotangent.values.dtype, weight.dtype), dtype)
     at_once = groups_at_once(groups, k * m * weight.dtype.itemsize)
+
+    def product(values: Float[Array, "chunk r k"], index: Int[Array, "chunk k"]) -> Float[Array, "chunk r m"]:
+        rows = _gathered(weight, index, feature_axis)
+        return dot(values, rows, (((2,), (1,)), ((0,), (0,))), precision, dtype)
+
+    parts = cotangent.values, cotangent.index
     if at_once == groups:
-        blocks = _product(cotangent.values, _gathered(weight, cotangent.index, feature_axis), precision, result)
+        blocks = product(*parts)
     else:
-        blocks = lax.map(
-            lambda group: _product(group[0][None], _gathered(weight, group[1][None], feature_axis), precision, result)[
-                0
-            ],
-            (cotangent.values, cotangent.index),
-            batch_size=at_once,
-        )
+        blocks = lax.map(lambda one: product(*(part[None] for part in one))[0], parts, batch_size=at_once)
     return blocks.reshape(groups * size, m)[: cotangent.shape[0]].astype(dtype or blocks.dtype)
 
 
@@ -47,15 +46,3 @@ def _gathered(weight: Float[Array, ...], index: Int[Array, "G k"], feature_axis:
     else:
         rows = transposed(jnp.take(weight, flat, axis=1, mode="clip"))
     return rows.reshape(*index.shape, -1)
-
-
-def result_dtype(accumulator: Any, wanted: Any) -> Any:
-    """Return the dtype of a product: that of its sums on a CPU; an accelerator rounds them as it writes them."""
-    return accumulator if wanted is None or _platform.platform() == "cpu" else wanted
-
-
-def _product(
-    values: Float[Array, "G r k"], rows: Float[Array, "G k m"], precision: Any, dtype: Any
-) -> Float[Array, "G r m"]:
-    over_groups = (((2,), (1,)), ((0,), (0,)))
-    return lax.dot_general(values, rows, over_groups, precision=precision, preferred_element_type=dtype)

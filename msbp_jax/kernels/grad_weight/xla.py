@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from msbp_jax.formats import Columns, accumulation_dtype, group_rows
 from msbp_jax.kernels._chunks import groups_at_once
+from msbp_jax.kernels._dot import dot
 from msbp_jax.kernels._layout import row_major, transposed
-from msbp_jax.kernels.grad_input.xla import result_dtype
 
 _SPREAD_FROM_BYTES = 8 * 2**20
 
@@ -37,10 +37,7 @@ def grad_weight(
     slot = _slots(cotangent.index, n)
     if groups == 1 and feature_axis == 1:
         over_rows = (((0,), (0,)), ((), ()))
-        result = result_dtype(accumulator, dtype)
-        kept = lax.dot_general(
-            grouped[0], cotangent.values[0], over_rows, precision=precision, preferred_element_type=result
-        )
+        kept = dot(grouped[0], cotangent.values[0], over_rows, precision, dtype)
     else:
         kept = _add_rows(cotangent.values, grouped, slot[cotangent.index], groups * k, accumulator, precision)
         kept = kept if feature_axis == 0 else transposed(kept)
@@ -80,13 +77,7 @@ def _add_rows(
         total: Float[Array, "height m"], chunk: tuple[Array, Array, Array]
     ) -> tuple[Float[Array, "height m"], None]:
         chunk_values, chunk_inputs, chunk_place = chunk
-        rows = lax.dot_general(
-            chunk_values,
-            chunk_inputs,
-            (((1,), (1,)), ((0,), (0,))),
-            precision=precision,
-            preferred_element_type=dtype,
-        )
+        rows = dot(chunk_values, chunk_inputs, (((1,), (1,)), ((0,), (0,))), precision, dtype)
         return total.at[chunk_place.reshape(-1)].add(rows.reshape(-1, m), mode="promise_in_bounds"), None
 
     total = jnp.zeros((height, m), dtype)
