@@ -113,8 +113,12 @@ def _tiled_bytes(shape: Sequence[int], dtype: Any) -> int:
     return math.prod(front) * -(-rows // 8) * 8 * -(-lanes // 128) * 128 * jnp.dtype(dtype).itemsize
 
 
-def check(platform: str, *arrays: jax.Array) -> None:
+def check(platform: str, *dtypes: Any) -> None:
     """Decline what the kernels do not do.
+
+    Args:
+      platform: Theirs, "gpu" or "tpu".
+      *dtypes: Of what they read and write; None is whatever they like.
 
     Raises:
       NotImplementedError: Another device, or a dtype other than float32 and bfloat16.
@@ -128,9 +132,14 @@ def check(platform: str, *arrays: jax.Array) -> None:
         raise NotImplementedError(
             f"the {platform} kernels are made for {', '.join(_MADE_FOR[platform])}, and the program is for {here.kind}"
         )
-    for array in arrays:
-        if array.dtype not in DTYPES:
-            raise NotImplementedError(f"the {platform} kernels take float32 and bfloat16, got {array.dtype}")
+    for dtype in dtypes:
+        if dtype is not None and jnp.dtype(dtype) not in DTYPES:
+            raise NotImplementedError(f"the {platform} kernels take float32 and bfloat16, got {jnp.dtype(dtype)}")
+
+
+def check_product(platform: str, cotangent: Columns, other: jax.Array, dtype: Any) -> None:
+    """Decline what the kernels do not do, for a product that is to be written in `dtype`."""
+    check(platform, other.dtype, cotangent.values.dtype if cotangent.scale is None else None, dtype)
 
 
 def run(

@@ -85,7 +85,7 @@ def devices(chip):
 
 
 def programs(platform, all_of_them):
-    """Yield name, function and shapes of each program; sizes that fit no tile, and vmap, only if asked for."""
+    """Yield name, function and shapes of each program; other sizes, another layout, and vmap, only if asked for."""
     how = {"backend": platform}
     sizes = [(jnp.bfloat16, 8192, 8192, 8192, 512, 128), (jnp.float32, 300, 500, 1000, 77, 30)]
     for dtype, rows, m, n, k, group in sizes if all_of_them else sizes[:1]:
@@ -99,7 +99,7 @@ def programs(platform, all_of_them):
         if rows < 1000:
             yield f"select_with_memory by slot, {size}", by_slot, (g, shape((rows, n), jnp.float32))
             yield f"select, {size}", lambda g, a=(k, group): kernels.select(g, *a, **how), (g,)
-        for axis in (0, 1):
+        for axis in (0, 1) if all_of_them else (1,):
             to = {"dtype": dtype, **how}
             w = shape((n, m) if axis == 0 else (m, n), dtype)
             dx = lambda p, w, axis=axis, to=to: kernels.grad_input(p, w, axis, **to)
@@ -107,6 +107,12 @@ def programs(platform, all_of_them):
             yield f"grad_input, axis {axis}, {size}", dx, (p, w)
             yield f"grad_weight, axis {axis}, {size}", dw, (p, x)
     if all_of_them:
+        shape = jax.ShapeDtypeStruct
+        levels = msbp.Columns(
+            shape((4, 128, 64), jnp.int8), shape((4, 64), jnp.int32), (512, 512), False, shape((4,), jnp.float32)
+        )
+        both = lambda p, w: (kernels.grad_input(p, w, 1, **how), kernels.grad_weight(p, w, 1, **how))
+        yield "int8 values with a scale", both, (levels, shape((512, 512), jnp.bfloat16))
         yield "mapped", *mapped(how)
     yield "step", *training_step(platform)
 

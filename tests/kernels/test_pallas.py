@@ -283,6 +283,10 @@ def test_what_they_decline(platform, monkeypatch):
     with pytest.raises(NotImplementedError, match=f"the {platform} kernels take float32 and bfloat16, got float16"):
         kernels.select(u.astype(jnp.float16), 2, 2, backend=platform)
     p, w = kernels.select(u, 2, 2, backend="xla"), jnp.ones((5, 6))
+    for static in ({"dtype": jnp.float16}, {}):
+        halved = p if static else p.astype(jnp.float16)
+        with pytest.raises(NotImplementedError, match="take float32 and bfloat16, got float16"):
+            kernels.grad_input(halved, w, 1, backend=platform, **static)
     with pytest.raises(NotImplementedError, match="take one precision for both operands"):
         kernels.grad_input(p, w, 1, precision=("default", "highest"), backend=platform)
     with pytest.raises(NotImplementedError, match=r"take the precisions of jax\.lax\.Precision"):

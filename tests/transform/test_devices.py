@@ -201,7 +201,6 @@ def with_random_features(p, x):
 
 
 @pytest.mark.parametrize("check", [True, False])
-@pytest.mark.leaks
 def test_loops_branches_and_vmap_around_and_inside(check):
     params, x = data()
     params = {"a": params["a"], "stack": jnp.stack([params["b"], -params["b"], params["b"].T])}

@@ -26,7 +26,7 @@ def grad_input(
     cotangent: Columns, weight: Float[Array, ...], feature_axis: int, precision: Any = None, dtype: Any = None
 ) -> Float[Array, "rows m"]:
     """See `msbp_jax.kernels.grad_input`."""
-    _pallas.check("gpu", weight)
+    _pallas.check_product("gpu", cotangent, weight, dtype)
     how = _pallas.matmul_precision(precision)
     dtype = dtype or accumulation_dtype(weight.dtype)
 

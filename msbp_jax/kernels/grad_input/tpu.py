@@ -30,7 +30,7 @@ def grad_input(
     cotangent: Columns, weight: Float[Array, ...], feature_axis: int, precision: Any = None, dtype: Any = None
 ) -> Float[Array, "rows m"]:
     """See `msbp_jax.kernels.grad_input`."""
-    _pallas.check("tpu", weight)
+    _pallas.check_product("tpu", cotangent, weight, dtype)
     how = _pallas.matmul_precision(precision)
     dtype = dtype or accumulation_dtype(weight.dtype)
 

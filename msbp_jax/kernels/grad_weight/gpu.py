@@ -37,7 +37,7 @@ def grad_weight(
     dtype: Any = None,
 ) -> Float[Array, ...]:
     """See `msbp_jax.kernels.grad_weight`."""
-    _pallas.check("gpu", inputs)
+    _pallas.check_product("gpu", cotangent, inputs, dtype)
     how = _pallas.matmul_precision(precision)
     dtype = dtype or accumulation_dtype(inputs.dtype)
     m, n = inputs.shape[1], cotangent.shape[1]

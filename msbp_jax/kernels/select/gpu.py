@@ -30,7 +30,7 @@ _SCORES, _ROWS, _KEPT = 4096, 32, 64  # sizes of tiles
 
 def select(cotangent: Float[Array, "rows n"], k: int, rows_per_group: int | None) -> Columns:
     """See `msbp_jax.kernels.select`."""
-    _pallas.check("gpu", cotangent)
+    _pallas.check("gpu", cotangent.dtype)
     rows, n = cotangent.shape
     r = min(rows_per_group or rows, rows)
 

@@ -31,7 +31,7 @@ _BLOCK_BYTES = 2 * 2**20
 
 def select(cotangent: Float[Array, "rows n"], k: int, rows_per_group: int | None) -> Columns:
     """See `msbp_jax.kernels.select`."""
-    _pallas.check("tpu", cotangent)
+    _pallas.check("tpu", cotangent.dtype)
     rows, n = cotangent.shape
     r = min(rows_per_group or rows, rows)
 

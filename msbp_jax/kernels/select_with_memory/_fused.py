@@ -29,7 +29,7 @@ def select_and_remember(
     rows_per_group: int | None,
 ) -> tuple[Columns, Float[Array, ...]]:
     """Run `select_with_memory` with a platform's kernels, `(g, m, scores, k, r) -> values, index`."""
-    _pallas.check(platform, cotangent)
+    _pallas.check(platform, cotangent.dtype)
     rows, n = cotangent.shape
     r = min(rows_per_group or rows, rows)
     by_slot = memory.ndim == 2
