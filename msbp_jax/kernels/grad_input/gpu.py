@@ -14,9 +14,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 from msbp_jax._compat import pallas
-from msbp_jax.formats import Columns, accumulation_dtype
+from msbp_jax.formats import Columns
 from msbp_jax.kernels import _pallas, _platform, _roofline
-from msbp_jax.kernels._partition import Call, Shapes
+from msbp_jax.kernels.grad_input import _pallas as _pallas_frame
 
 _ROWS, _COLUMNS = 128, 128  # of a tile of dx
 _DEPTH_BYTES = 128  # of a row of values that are multiplied at once
@@ -26,22 +26,7 @@ def grad_input(
     cotangent: Columns, weight: Float[Array, ...], feature_axis: int, precision: Any = None, dtype: Any = None
 ) -> Float[Array, "rows m"]:
     """See `msbp_jax.kernels.grad_input`."""
-    _pallas.check_product("gpu", cotangent, weight, dtype)
-    how = _pallas.matmul_precision(precision)
-    dtype = dtype or accumulation_dtype(weight.dtype)
-
-    def function(results: Shapes) -> Call:
-        rows = results[0][0][0]
-
-        def call(values: jax.Array, index: jax.Array, scale: jax.Array, weight: jax.Array) -> tuple[jax.Array, ...]:
-            turned = weight if feature_axis == 0 else weight.T
-            return (_product(values, index, scale, turned, how, dtype).reshape(-1, turned.shape[1])[:rows],)
-
-        return call
-
-    results = [((cotangent.shape[0], weight.shape[1 - feature_axis]), dtype)]
-    split = ("grad_input", cotangent.shape[0], cotangent.rows_per_group)
-    return _pallas.run("grad_input", function, [*_pallas.parts(cotangent), weight], results, split)[0]
+    return _pallas_frame.grad_input("gpu", _product, cotangent, weight, feature_axis, precision, dtype)
 
 
 def _product(

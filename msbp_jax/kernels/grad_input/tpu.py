@@ -8,7 +8,7 @@ in scalar memory. bfloat16 rows lie in pairs there and cannot be copied singly, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,9 +17,9 @@ from jax import lax
 from jaxtyping import Array, Float, Num, UInt32
 
 from msbp_jax._compat import pallas, pallas_tpu
-from msbp_jax.formats import Columns, accumulation_dtype
+from msbp_jax.formats import Columns
 from msbp_jax.kernels import _pallas
-from msbp_jax.kernels._partition import Call, Shapes
+from msbp_jax.kernels.grad_input import _pallas as _pallas_frame
 
 _LANES = 128
 _COLUMNS = 4096  # words of a row of wᵀ that are copied at once
@@ -30,31 +30,17 @@ def grad_input(
     cotangent: Columns, weight: Float[Array, ...], feature_axis: int, precision: Any = None, dtype: Any = None
 ) -> Float[Array, "rows m"]:
     """See `msbp_jax.kernels.grad_input`."""
-    _pallas.check_product("tpu", cotangent, weight, dtype)
-    how = _pallas.matmul_precision(precision)
-    dtype = dtype or accumulation_dtype(weight.dtype)
-
-    def function(results: Shapes) -> Call:
-        rows = results[0][0][0]
-
-        def call(values: jax.Array, index: jax.Array, scale: jax.Array, weight: jax.Array) -> tuple[jax.Array, ...]:
-            turned = weight if feature_axis == 0 else weight.T
-            product = _mapped(functools.partial(_product, precision=how, dtype=dtype))
-            return (product(values, index, scale, turned).reshape(-1, turned.shape[1])[:rows],)
-
-        return call
-
-    results = [((cotangent.shape[0], weight.shape[1 - feature_axis]), dtype)]
-    split = ("grad_input", cotangent.shape[0], cotangent.rows_per_group)
-    return _pallas.run("grad_input", function, [*_pallas.parts(cotangent), weight], results, split)[0]
+    return _pallas_frame.grad_input("tpu", _mapped_product, cotangent, weight, feature_axis, precision, dtype)
 
 
-def _mapped(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Return the product with a rule for vmap: the groups of all are groups of one, their weights one above another.
+def _mapped_product(
+    values: jax.Array, index: jax.Array, scale: jax.Array, w: jax.Array, precision: Any, dtype: Any
+) -> jax.Array:
+    """Return the product, with a rule for vmap: the groups of all are groups of one, their weights one above another.
 
     A weight in main memory, of which the kernel copies what it wants, cannot be cut into blocks for it.
     """
-    mapped = jax.custom_batching.custom_vmap(product)
+    mapped = jax.custom_batching.custom_vmap(functools.partial(_product, precision=precision, dtype=dtype))
 
     @mapped.def_vmap
     def _over_batch(size: int, batched: Sequence[bool], *operands: jax.Array) -> tuple[jax.Array, bool]:
@@ -69,7 +55,7 @@ def _mapped(product: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         dx = mapped(*(array.reshape(-1, *array.shape[2:]) for array in of_groups), w)
         return dx.reshape(size, -1, *dx.shape[1:]), True
 
-    return mapped
+    return mapped(values, index, scale, w)
 
 
 def _product(

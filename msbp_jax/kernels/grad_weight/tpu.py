@@ -15,9 +15,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 from msbp_jax._compat import pallas, pallas_tpu
-from msbp_jax.formats import Columns, accumulation_dtype, group_rows
+from msbp_jax.formats import Columns, group_rows
 from msbp_jax.kernels import _pallas
-from msbp_jax.kernels._partition import Call, Shapes
+from msbp_jax.kernels.grad_weight import _pallas as _pallas_frame
 
 _LANES, _SUBLANES = 128, 8  # of a register
 _ROWS = 512  # of x that are multiplied at once
@@ -32,20 +32,7 @@ def grad_weight(
     dtype: Any = None,
 ) -> Float[Array, ...]:
     """See `msbp_jax.kernels.grad_weight`."""
-    _pallas.check_product("tpu", cotangent, inputs, dtype)
-    how = _pallas.matmul_precision(precision)
-    dtype = dtype or accumulation_dtype(inputs.dtype)
-    m, n = inputs.shape[1], cotangent.shape[1]
-
-    def function(results: Shapes) -> Call:
-        def call(values: jax.Array, index: jax.Array, scale: jax.Array, x: jax.Array) -> tuple[jax.Array, ...]:
-            return (_product(values, index, scale, x, n, feature_axis, how, dtype),)
-
-        return call
-
-    results = [((m, n) if feature_axis == 1 else (n, m), dtype)]
-    split = ("grad_weight", cotangent.shape[0], cotangent.rows_per_group)
-    return _pallas.run("grad_weight", function, [*_pallas.parts(cotangent), inputs], results, split)[0]
+    return _pallas_frame.grad_weight("tpu", _product, cotangent, inputs, feature_axis, precision, dtype)
 
 
 def _product(

@@ -20,9 +20,7 @@ from jaxtyping import Array, Float, Int
 from msbp_jax._compat import pallas, pallas_tpu
 from msbp_jax.formats import Columns, group_rows
 from msbp_jax.kernels import _pallas
-from msbp_jax.kernels._column_sums import column_sums
-from msbp_jax.kernels._partition import Call, Shapes
-from msbp_jax.kernels.select import xla
+from msbp_jax.kernels.select import _pallas as _pallas_frame
 
 LANES = 128
 _GROUPS = 8  # of which places are found at once: the sublanes of a register
@@ -31,21 +29,7 @@ _BLOCK_BYTES = 2 * 2**20
 
 def select(cotangent: Float[Array, "rows n"], k: int, rows_per_group: int | None) -> Columns:
     """See `msbp_jax.kernels.select`."""
-    _pallas.check("tpu", cotangent.dtype)
-    rows, n = cotangent.shape
-    r = min(rows_per_group or rows, rows)
-
-    def function(results: Shapes) -> Call:
-        def call(g: jax.Array) -> tuple[jax.Array, ...]:
-            here = min(r, g.shape[0])
-            return kept_columns(g, None, column_sums(g, None, here)[0], k, here)
-
-        return call
-
-    results = [((-(-rows // r), r, k), cotangent.dtype), ((-(-rows // r), k), jnp.int32)]
-    together = functools.partial(xla.together, k)
-    values, index = _pallas.run("select", function, [cotangent], results, ("select", rows, r), together)
-    return Columns(values, index, (rows, n))
+    return _pallas_frame.select("tpu", kept_columns, cotangent, k, rows_per_group)
 
 
 def kept_columns(

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from msbp_jax.formats import Columns
 from msbp_jax.kernels.select.gpu import kept_columns
-from msbp_jax.kernels.select_with_memory._fused import select_and_remember
+from msbp_jax.kernels.select_with_memory._pallas import select_and_remember
 
 
 def select_with_memory(

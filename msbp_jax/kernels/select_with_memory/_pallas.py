@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +13,8 @@ from msbp_jax.kernels import _pallas
 from msbp_jax.kernels._column_sums import column_sums, mean_left
 from msbp_jax.kernels._partition import Call, Shapes
 from msbp_jax.kernels._residual import add_memory, carried_on
+from msbp_jax.kernels.select._pallas import KeptColumns
 from msbp_jax.kernels.select_with_memory import xla
-
-type KeptColumns = Callable[[jax.Array, jax.Array, jax.Array, int, int], tuple[jax.Array, jax.Array]]
 
 
 def select_and_remember(

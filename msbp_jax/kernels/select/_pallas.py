@@ -1,0 +1,42 @@
+"""What the Pallas backends of `select` share: scores by XLA, then the platform's kernels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from msbp_jax.formats import Columns
+from msbp_jax.kernels import _pallas
+from msbp_jax.kernels._column_sums import column_sums
+from msbp_jax.kernels._partition import Call, Shapes
+from msbp_jax.kernels.select import xla
+
+# (g, memory or None, scores, k, rows per group) -> values, index
+type KeptColumns = Callable[[jax.Array, jax.Array | None, jax.Array, int, int], tuple[jax.Array, jax.Array]]
+
+
+def select(
+    platform: str, kept_columns: KeptColumns, cotangent: Float[Array, "rows n"], k: int, rows_per_group: int | None
+) -> Columns:
+    """Run `select` with a platform's kernels."""
+    _pallas.check(platform, cotangent.dtype)
+    rows, n = cotangent.shape
+    r = min(rows_per_group or rows, rows)
+
+    def function(results: Shapes) -> Call:
+        del results
+
+        def call(g: jax.Array) -> tuple[jax.Array, ...]:
+            here = min(r, g.shape[0])
+            return kept_columns(g, None, column_sums(g, None, here)[0], k, here)
+
+        return call
+
+    results = [((-(-rows // r), r, k), cotangent.dtype), ((-(-rows // r), k), jnp.int32)]
+    together = functools.partial(xla.together, k)
+    values, index = _pallas.run("select", function, [cotangent], results, ("select", rows, r), together)
+    return Columns(values, index, (rows, n))
