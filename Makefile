@@ -10,7 +10,7 @@ demo: $(VENV)/.examples
 	$(BIN)/python -m msbp_jax.demo $(ARGS)
 
 test: $(VENV)/.dev $(VENV)/.aot
-	$(BIN)/python -m pytest -n 2 --cov=msbp_jax --cov-report=term:skip-covered $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov=msbp_jax --cov-report=term:skip-covered $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

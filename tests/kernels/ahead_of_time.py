@@ -6,6 +6,7 @@ python tests/kernels/ahead_of_time.py gpu    # jax-cuda13-plugin
 A process of its own: the compilers want their settings in the environment before they are loaded.
 """
 
+import functools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ os.environ |= {
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.experimental import topologies
 
@@ -158,16 +160,40 @@ def training_step(platform):
     return step, (params, jax.eval_shape(tx.init, params), memory, x, x)
 
 
-def compiled(chip, function, shapes):
-    """Return what compiling a function for a chip says."""
+def on_four_chips(chip):
+    """Return a backward inside `shard_map`, its varying axes checked, and its shapes, sharded over four chips."""
+    mesh = jax.sharding.Mesh(np.array(devices(chip)[1][:4]), ("d",))
+    split, whole = jax.sharding.PartitionSpec("d"), jax.sharding.PartitionSpec()
+
+    def body(g, x, w, m):
+        p, m = kernels.select_with_memory(g, m, 0.8, 128, 128, backend="tpu")
+        dx = kernels.grad_input(p, w, 1, backend="tpu")
+        return dx, jax.lax.psum(kernels.grad_weight(p, x, 1, backend="tpu"), "d"), jax.lax.pmean(m, "d")
+
+    specs = (split, split, whole, whole)
+    function = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=(split, whole, whole), check_vma=True)
+    sizes = ((4096, 1024), (4096, 512), (512, 1024), (1024,))
+    return function, tuple(
+        jax.ShapeDtypeStruct(size, jnp.float32, sharding=jax.sharding.NamedSharding(mesh, spec))
+        for size, spec in zip(sizes, specs, strict=True)
+    )
+
+
+def for_one(chip, function, shapes):
+    """Return the lowered program of a function for one chip."""
     name, there = devices(chip)
-    platform = "tpu" if chip in TPUS else "gpu"
     sharding = jax.sharding.SingleDeviceSharding(there[0])
     placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
+    platform = "tpu" if chip in TPUS else "gpu"
     device = jax.sharding.AbstractDevice(device_kind=name, num_cores=None, platform=platform)
-    start = time.perf_counter()
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        program = jax.jit(function).lower(*placed).compile()
+        return jax.jit(function).lower(*placed)
+
+
+def compiled(lower):
+    """Return what compiling a program says."""
+    start = time.perf_counter()
+    program = lower().compile()
     cost = program.cost_analysis() or {}
     return {
         "seconds": round(time.perf_counter() - start, 2),
@@ -184,7 +210,15 @@ def main(platform):
     chips = TPUS if platform == "tpu" else GPUS
     for chip in chips:
         for name, function, shapes in programs(platform, chip == next(iter(chips))):
-            print(json.dumps({"chip": chip, "program": name, **compiled(chip, function, shapes)}), flush=True)
+            report(chip, name, functools.partial(for_one, chip, function, shapes))
+        if platform == "tpu":
+            function, shapes = on_four_chips(chip)
+            report(chip, "shard_map", functools.partial(jax.jit(function).lower, *shapes))
+
+
+def report(chip, name, lower):
+    """Print a line about a program."""
+    print(json.dumps({"chip": chip, "program": name, **compiled(lower)}), flush=True)
 
 
 if __name__ == "__main__":
