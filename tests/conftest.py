@@ -2,13 +2,13 @@
 
 import os
 
-# Tests ask for numbers, not for speed, and most of their time is compiling: LLVM need not optimize what XLA gives it. XLA's
-# own passes, which fuse and lay out, are the usual ones. To be set before JAX is loaded.
+# Tests ask for numbers, not for speed, and most of their time is compiling: LLVM need not optimize what XLA gives it.
+# XLA's own passes, which fuse and lay out, are the usual ones. To be set before JAX is loaded.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-import hypothesis  # noqa: E402
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import hypothesis
+import jax
+import pytest
 
 
 def pytest_addoption(parser):
