@@ -172,6 +172,9 @@ def warning(rows: int, m: int, n: int, k: int, rows_per_group: int, backend: str
       backend: Backend of the products; None for the one that is chosen.
     """
     layer = rows, m, n, k, rows_per_group
+    if backend is not None and backend not in fastest_first(*layer):
+        interpreted = backend in ("gpu", "tpu") and _platform.platform() == "cpu"
+        return f"the {backend} kernels are interpreted on a CPU: slowly, for tests." if interpreted else ""
     speed_up = expected_speed_up(*layer, backend)
     if speed_up >= 1:
         return ""

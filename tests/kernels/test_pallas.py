@@ -277,6 +277,16 @@ def test_a_hessian_says_what_to_do(backend):
         jax.jvp(gradient, (w,), (w,))
 
 
+@pytest.mark.skipif(HERE != "cpu", reason="about a CPU")
+def test_a_report_says_that_kernels_are_interpreted():
+    w, x = jnp.ones((64, 96)), jnp.ones((32, 64))
+    for backend in ("gpu", "tpu"):
+        f = msbp.sparse_vjp(lambda w, x: x @ w, msbp.top_k(k=8, rows_per_group=16), backend=backend)
+        assert f"the {backend} kernels are interpreted on a CPU: slowly, for tests." in str(f.report(w, x))
+    with on("NVIDIA H200"):
+        assert _choose.warning(64, 64, 96, 8, 16, "native") == ""
+
+
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 def test_what_they_decline(platform, monkeypatch):
     u = jnp.ones((4, 6))
