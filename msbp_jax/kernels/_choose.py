@@ -82,13 +82,18 @@ def fastest_first(rows: int, m: int, n: int, k: int, rows_per_group: int) -> tup
       k: Features kept.
       rows_per_group: Rows that share a choice.
     """
-    own = "native" if (platform := _platform.platform()) == "cpu" else platform
-    names = ("xla", "dense") if own == "native" and not _native_calls.available() else (own, "xla", "dense")
 
     def handicapped(name: str) -> float:
         return _expected(name, rows, m, n, k, rows_per_group) * (DENSE_MARGIN if name == "dense" else 1)
 
-    return tuple(sorted(names, key=handicapped))
+    return tuple(sorted((*_own(), "xla", "dense"), key=handicapped))
+
+
+def _own() -> tuple[str, ...]:
+    """Return the backend made for the platform, if there is one."""
+    if (platform := _platform.platform()) != "cpu":
+        return (platform,)
+    return ("native",) if _native_calls.available() else ()
 
 
 def _expected(path: str, rows: int, m: int, n: int, k: int, rows_per_group: int) -> float:
@@ -109,11 +114,8 @@ def selection_order(rows: int, rows_per_group: int | None) -> tuple[str, ...]:
       rows: Rows of the gradient.
       rows_per_group: Rows that share a choice; None for all.
     """
-    platform = _platform.platform()
-    if platform == "cpu":
-        return ("native", "xla") if _native_calls.available() else ("xla",)
     few = min(rows, rows_per_group or rows) < SHARED_ROWS
-    return ("xla",) if few else (platform, "xla")
+    return ("xla",) if few and _platform.platform() != "cpu" else (*_own(), "xla")
 
 
 def products_order(cotangent: Columns, m: int) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import jax
 import jax.numpy as jnp
@@ -209,6 +209,11 @@ def matmul_precision(precision: Any) -> Any:
     except ValueError:
         raise NotImplementedError(f"the kernels take the precisions of jax.lax.Precision, got {precision}") from None
     return jax.lax.Precision.DEFAULT if known == jax.lax.Precision.DEFAULT else jax.lax.Precision.HIGHEST
+
+
+def tpu_params(*semantics: Literal["parallel", "arbitrary"]) -> Any:
+    """Return the parameters of a TPU kernel: for each axis of its grid, "parallel" or "arbitrary" for in order."""
+    return _compat.pallas_tpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_BYTES)
 
 
 def triton_params(warps: int, stages: int) -> Any:

@@ -25,6 +25,5 @@ def grad_input(
     results = [((cotangent.shape[0], weight.shape[1 - feature_axis]), jnp.float32)]
     operands = [cotangent.values, cotangent.index, weight]
     split = ("native grad_input", cotangent.shape[0], cotangent.rows_per_group)
-    return _native_calls.call("grad_input", operands, results, split=split, features_last=feature_axis == 1)[0].astype(
-        dtype or jnp.float32
-    )
+    (dx,) = _native_calls.call("grad_input", operands, results, split=split, features_last=feature_axis == 1)
+    return dx.astype(dtype or jnp.float32)

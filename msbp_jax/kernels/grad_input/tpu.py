@@ -143,7 +143,7 @@ def _product(
         platform="tpu",
         results=[((groups, values.shape[1], words.shape[1] * halves), dtype)],
         grid=grid,
-        params=pallas_tpu.CompilerParams(dimension_semantics=("arbitrary",) * 4, vmem_limit_bytes=_pallas.VMEM_BYTES),
+        params=_pallas.tpu_params("arbitrary", "arbitrary", "arbitrary", "arbitrary"),
         in_specs=[
             pallas.BlockSpec((1, 1, depth), block_now, memory_space=scalars),
             pallas.BlockSpec((1, 1, depth), next_block, memory_space=scalars),

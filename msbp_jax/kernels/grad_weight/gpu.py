@@ -41,11 +41,11 @@ def grad_weight(
 
 
 class _Terms(NamedTuple):
-    """Which rows of the products add up to each row of dw: `order[first[f] : first[f] + terms[f]]`."""
+    """Which rows of the products add up to each row of dw: `order[first[f] : first[f] + lengths[f]]`."""
 
     order: Int[Array, " kept"]
     first: Int[Array, " n"]
-    terms: Int[Array, " n"]
+    lengths: Int[Array, " n"]
 
 
 def _product(
@@ -143,7 +143,7 @@ def _sums(
 ) -> Float[Array, ...]:
     """Write the sums of products into `dw`, from the column (or row) `at` on."""
     last = terms.order.shape[0] - 1
-    n = terms.terms.shape[0]
+    n = terms.lengths.shape[0]
 
     def body(*refs: Any) -> None:
         products_ref, order_ref, first_ref, count_ref, at_ref, _, dw_ref = refs

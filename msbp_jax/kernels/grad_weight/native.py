@@ -25,6 +25,5 @@ def grad_weight(
     results = [((m, n) if feature_axis == 1 else (n, m), jnp.float32)]
     operands = [cotangent.values, cotangent.index, inputs]
     split = ("native grad_weight", cotangent.shape[0], cotangent.rows_per_group)
-    return _native_calls.call("grad_weight", operands, results, split=split, features_last=feature_axis == 1)[0].astype(
-        dtype or jnp.float32
-    )
+    (dw,) = _native_calls.call("grad_weight", operands, results, split=split, features_last=feature_axis == 1)
+    return dw.astype(dtype or jnp.float32)

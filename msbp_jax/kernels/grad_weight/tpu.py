@@ -113,10 +113,7 @@ def _product(
         platform="tpu",
         results=[(shape, dtype)],
         grid=grid,
-        params=pallas_tpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=_pallas.VMEM_BYTES,
-        ),
+        params=_pallas.tpu_params("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
         in_specs=[
             pallas.BlockSpec((1, 1, depth), lambda t, c, g, chunk, block: (g, 0, block), memory_space=scalars),
             pallas.BlockSpec((1, 1, 2 * grid[4]), lambda t, c, g, chunk, block: (g, 0, 0), memory_space=scalars),

@@ -15,7 +15,9 @@ from msbp_jax.kernels._column_sums import column_sums
 from msbp_jax.kernels._partition import Call, Shapes
 from msbp_jax.kernels.select import xla
 
-# (g, memory or None, scores, k, rows per group) -> values, index
+# (g, m, scores, k, r) -> values, index: the entries of u = g + m in the k columns with the largest scores of each
+# group of r rows, and which columns these are, in order. g[rows, n] is float32 or bfloat16; m is None or float32,
+# [n] or [rows, n]; scores[G, n] are not negative.
 type KeptColumns = Callable[[jax.Array, jax.Array | None, jax.Array, int, int], tuple[jax.Array, jax.Array]]
 
 

@@ -33,15 +33,7 @@ def select(cotangent: Float[Array, "rows n"], k: int, rows_per_group: int | None
 def kept_columns(
     g: Float[Array, "rows n"], memory: Float[Array, ...] | None, scores: Float[Array, "G n"], k: int, r: int
 ) -> tuple[Float[Array, "G r k"], Int[Array, "G k"]]:
-    """Return the entries of `u = g + m` in the k columns with the largest scores, and which these are, in order.
-
-    Args:
-      g: `[rows, n]`, float32 or bfloat16.
-      memory: `m`, `[n]` or `[rows, n]`, float32; None for 0.
-      scores: `[G, n]`, not negative.
-      k: Columns to keep.
-      r: Rows that share a choice.
-    """
+    """Return the entries of `u = g + m` in the best columns, and which these are; see `KeptColumns`."""
     index = _best(scores, k)
     return _entries(g, memory, index, r), index
 

@@ -22,7 +22,7 @@ from msbp_jax.formats import Columns, group_rows
 from msbp_jax.kernels import _pallas
 from msbp_jax.kernels.select import _pallas as _pallas_frame
 
-LANES = 128
+_LANES = 128
 _GROUPS = 8  # of which places are found at once: the sublanes of a register
 _BLOCK_BYTES = 2 * 2**20
 
@@ -35,18 +35,10 @@ def select(cotangent: Float[Array, "rows n"], k: int, rows_per_group: int | None
 def kept_columns(
     g: Float[Array, "rows n"], memory: Float[Array, ...] | None, scores: Float[Array, "G n"], k: int, r: int
 ) -> tuple[Float[Array, "G r k"], Int[Array, "G k"]]:
-    """Return the entries of `u = g + m` in the k columns with the largest scores, and which these are, in order.
-
-    Args:
-      g: `[rows, n]`, float32 or bfloat16.
-      memory: `m`, `[n]` or `[rows, n]`, float32; None for 0.
-      scores: `[G, n]`, not negative.
-      k: Columns to keep.
-      r: Rows that share a choice.
-    """
+    """Return the entries of `u = g + m` in the best columns, and which these are; see `KeptColumns`."""
     groups, n = scores.shape
-    place = _places(jnp.pad(scores, ((0, 0), (0, -n % LANES)), constant_values=-1), k)
-    kept = (place >= 0).reshape(groups, -1, LANES).sum(axis=2, dtype=jnp.int32)
+    place = _places(jnp.pad(scores, ((0, 0), (0, -n % _LANES)), constant_values=-1), k)
+    kept = (place >= 0).reshape(groups, -1, _LANES).sum(axis=2, dtype=jnp.int32)
     return _moved(g, memory, place, jnp.cumsum(kept, axis=1) - kept, k, r)
 
 
@@ -61,10 +53,10 @@ def _places(scores: Float[Array, "G n"], k: int) -> Int[Array, "G n"]:
 
         threshold = lax.fori_loop(0, 31, at_least, jnp.zeros((_GROUPS, 1), jnp.int32))
         ties_kept = k - _count(_bits(scores_ref[...]) > threshold)
-        further_left = _ones(_iota((LANES, LANES), 0) < _iota((LANES, LANES), 1))
+        further_left = _ones(_iota((_LANES, _LANES), 0) < _iota((_LANES, _LANES), 1))
 
         def tile(i: jax.Array, before: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            lanes = pallas.ds(pallas.multiple_of(i * LANES, LANES), LANES)
+            lanes = pallas.ds(pallas.multiple_of(i * _LANES, _LANES), _LANES)
             bits = _bits(scores_ref[:, lanes])
             above, tie = bits > threshold, bits == threshold
             above_before, ties_before = (
@@ -76,7 +68,7 @@ def _places(scores: Float[Array, "G n"], k: int) -> Int[Array, "G n"]:
             return before[0] + _count(above), before[1] + _count(tie)
 
         none = jnp.zeros((_GROUPS, 1), jnp.int32)
-        lax.fori_loop(0, n // LANES, tile, (none, none))
+        lax.fori_loop(0, n // _LANES, tile, (none, none))
 
     block = pallas.BlockSpec((_GROUPS, n), lambda g: (g, 0))
     kernel = _pallas.Kernel(
@@ -85,10 +77,10 @@ def _places(scores: Float[Array, "G n"], k: int) -> Int[Array, "G n"]:
         platform="tpu",
         results=[((groups, n), jnp.int32)],
         grid=(pallas.cdiv(groups, _GROUPS),),
-        params=pallas_tpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=_pallas.VMEM_BYTES),
+        params=_pallas.tpu_params("parallel"),
         in_specs=[block],
         out_specs=[block],
-        operations=groups * n * (64 + 4 * LANES),
+        operations=groups * n * (64 + 4 * _LANES),
     )
     return kernel(scores)[0]
 
@@ -106,27 +98,27 @@ def _moved(
     rows = g.shape[0]
     at_once = _pallas.tile_of(r, max(16, _BLOCK_BYTES // (64 * n) * 16), 16)
     tiles = -(-r // at_once)
-    blocks, specs = [_pallas.padded(group_rows(g, r), 1, at_once, LANES)], [pallas.BlockSpec((1, at_once, n), _rows)]
+    blocks, specs = [_pallas.padded(group_rows(g, r), 1, at_once, _LANES)], [pallas.BlockSpec((1, at_once, n), _rows)]
     if memory is not None and memory.ndim == 2:
-        blocks.append(_pallas.padded(group_rows(memory, r), 1, at_once, LANES))
+        blocks.append(_pallas.padded(group_rows(memory, r), 1, at_once, _LANES))
         specs.append(specs[0])
     elif memory is not None:
-        blocks.append(_pallas.padded(memory[None, None], 1, 1, LANES))
+        blocks.append(_pallas.padded(memory[None, None], 1, 1, _LANES))
         specs.append(pallas.BlockSpec((1, 1, n), lambda g, t: (0, 0, 0)))
     planes = range(4 if g.dtype == jnp.float32 else 2)
 
     def body(*refs: Any) -> None:
         before_ref, place_ref, *u_refs, values_ref, index_ref, moved_ref, number_ref = refs
         group, at = pallas.program_id(0), pallas.program_id(1) * at_once
-        there = (group * r + at + _iota((at_once, LANES), 0)) < rows
+        there = (group * r + at + _iota((at_once, _LANES), 0)) < rows
         moved_ref[...] = jnp.zeros_like(moved_ref)
         number_ref[...] = jnp.zeros_like(number_ref)
 
         def tile(t: jax.Array, _: None) -> None:
-            lanes = pallas.ds(pallas.multiple_of(t * LANES, LANES), LANES)
-            block = before_ref[0, 0, t] // LANES
-            places = pallas.ds(pallas.multiple_of(block * LANES, LANES), 2 * LANES)
-            target = _ones(place_ref[0, :, lanes] - block * LANES == _iota((2 * LANES, LANES), 0))
+            lanes = pallas.ds(pallas.multiple_of(t * _LANES, _LANES), _LANES)
+            block = before_ref[0, 0, t] // _LANES
+            places = pallas.ds(pallas.multiple_of(block * _LANES, _LANES), 2 * _LANES)
+            target = _ones(place_ref[0, :, lanes] - block * _LANES == _iota((2 * _LANES, _LANES), 0))
 
             def move(numbers: jax.Array) -> jax.Array:
                 """Carry integers up to 255, which bfloat16 holds exactly, from their columns to their places."""
@@ -141,31 +133,29 @@ def _moved(
             for shift in (24 - 8 * plane for plane in planes):
                 byte = lax.shift_right_logical(bits, jnp.int32(shift)) & 255
                 moved_ref[:, places] |= move(byte) << shift
-            number = move(_iota((_GROUPS, LANES), 1) + 1)[:1]
-            number_ref[:, places] = jnp.where(number > 0, t * LANES + number - 1, number_ref[:, places])
+            number = move(_iota((_GROUPS, _LANES), 1) + 1)[:1]
+            number_ref[:, places] = jnp.where(number > 0, t * _LANES + number - 1, number_ref[:, places])
 
-        lax.fori_loop(0, n // LANES, tile, None)
+        lax.fori_loop(0, n // _LANES, tile, None)
         values_ref[0] = lax.bitcast_convert_type(moved_ref[:, :k], jnp.float32).astype(values_ref.dtype)
         index_ref[0] = number_ref[:, :k]
 
-    width = k // LANES * LANES + 2 * LANES
+    width = k // _LANES * _LANES + 2 * _LANES
     kernel = _pallas.Kernel(
         body=body,
         name="msbp_kept_entries",
         platform="tpu",
         results=[((groups, tiles * at_once, k), g.dtype), ((groups, 1, k), jnp.int32)],
         grid=(groups, tiles),
-        params=pallas_tpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_pallas.VMEM_BYTES
-        ),
+        params=_pallas.tpu_params("parallel", "arbitrary"),
         in_specs=[
-            pallas.BlockSpec((1, 1, n // LANES), lambda g, t: (g, 0, 0), memory_space=pallas_tpu.SMEM),
+            pallas.BlockSpec((1, 1, n // _LANES), lambda g, t: (g, 0, 0), memory_space=pallas_tpu.SMEM),
             pallas.BlockSpec((1, 1, n), lambda g, t: (g, 0, 0)),
             *specs,
         ],
         out_specs=[pallas.BlockSpec((1, at_once, k), _rows), pallas.BlockSpec((1, 1, k), lambda g, t: (g, 0, 0))],
         scratch=[pallas_tpu.VMEM((at_once, width), jnp.int32), pallas_tpu.VMEM((1, width), jnp.int32)],
-        operations=4 * LANES * len(planes) * groups * tiles * at_once * n,
+        operations=4 * _LANES * len(planes) * groups * tiles * at_once * n,
     )
     values, index = kernel(before[:, None], place[:, None], *blocks)
     return values[:, :r], index[:, 0]
