@@ -103,10 +103,10 @@ def floor(rows: int, m: int, n: int, k: int, rates: Mapping[str, float]) -> floa
 def backward(
     k: int, group: int | None, backend: str | None, g: jax.Array, x: jax.Array, w: jax.Array, memory: jax.Array
 ) -> Any:
-    """Return dx, dw and the new memory of a layer."""
-    p, after = kernels.select_with_memory(g, memory, 0.8, k, group, backend=backend)
+    """Return dx, dw and what is left for the memory of a layer."""
+    p, left, rows = kernels.select_with_memory(g, memory, k, group, backend=backend)
     how = {"dtype": x.dtype, "backend": backend}
-    return kernels.grad_input(p, w, 1, **how), kernels.grad_weight(p, x, 1, **how), after
+    return kernels.grad_input(p, w, 1, **how), kernels.grad_weight(p, x, 1, **how), left, rows
 
 
 def arrays(rows: int, m: int, n: int, dtype: Any) -> list[jax.Array]:

@@ -108,7 +108,7 @@ def measure_select(rounds: int, folder: pathlib.Path | None) -> list[dict[str, A
     for rows, _, n in SHAPES:
         for kind in gradients.KINDS:
             g = gradients.make(kind, rows, n, folder)
-            k, decay = max(1, round(0.04 * n)), 0.8
+            k = max(1, round(0.04 * n))
             memory = jnp.zeros(n)
             calls: dict[str, Timed] = {"sum": timed(jax.jit(lambda g: jnp.abs(g).sum()), g)}
             for name, group in GROUPS.items():
@@ -118,7 +118,7 @@ def measure_select(rounds: int, folder: pathlib.Path | None) -> list[dict[str, A
                     plain = functools.partial(kernels.select, k=k, rows_per_group=group, backend=backend)
                     calls[f"{backend} {name}"] = timed(jax.jit(plain), g)
                     with_memory = functools.partial(
-                        kernels.select_with_memory, decay=decay, k=k, rows_per_group=group, backend=backend
+                        kernels.select_with_memory, k=k, rows_per_group=group, backend=backend
                     )
                     calls[f"{backend} {name} with memory"] = timed(jax.jit(with_memory), g, memory)
             ms = medians(calls, rounds)

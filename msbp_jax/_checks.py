@@ -39,11 +39,11 @@ def fraction(name: str, value: object, *, zero: bool, meaning: str) -> float:
 
 
 def check_parameters(keyed: list[tuple[Any, Any]]) -> None:
-    """Raise unless there are parameters and all of them can be differentiated.
+    """Raise unless there are parameters and all of them are arrays. Those without a fraction are constants.
 
     Raises:
-      TypeError: A leaf is not an array, or not of a floating dtype.
-      ValueError: There is no leaf.
+      TypeError: A leaf is not an array.
+      ValueError: There is no leaf, or none that can be differentiated.
     """
     if not keyed:
         raise ValueError(
@@ -51,18 +51,23 @@ def check_parameters(keyed: list[tuple[Any, Any]]) -> None:
             "arrays to be differentiated in params."
         )
     for path, leaf in keyed:
-        if not is_array(leaf):
+        if not is_array(leaf) and not isinstance(leaf, np.number):
             raise TypeError(f"Parameter {path_name(path)} must be an array, got {leaf!r}. Move it out of params.")
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(
-                f"Parameter {path_name(path)} has dtype {leaf.dtype}, expected a floating dtype: it cannot be "
-                "differentiated. Pass it as another argument, outside params."
-            )
+    if not any(is_differentiable(leaf) for _, leaf in keyed):
+        dtypes = sorted({str(leaf.dtype) for _, leaf in keyed})
+        raise ValueError(
+            f"None of the parameters can be differentiated: expected a floating dtype, got {', '.join(dtypes)}."
+        )
+
+
+def is_differentiable(leaf: Any) -> bool:
+    """Whether an array has a gradient: its dtype has fractions."""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array, a tracer or a ShapeDtypeStruct, as opposed to a flag or a Python number."""
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+    """Whether a leaf is an array, a tracer or a ShapeDtypeStruct, as opposed to a flag, or a number of Python or NumPy."""
+    return isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
 
 
 def path_name(path: tuple[Any, ...]) -> str:

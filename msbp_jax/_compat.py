@@ -7,15 +7,19 @@ layouts that have changed before.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer as Tracer
 from jax.core import eval_jaxpr as eval_jaxpr
 from jax.experimental import pallas as pallas
 from jax.experimental.custom_partitioning import custom_partitioning as custom_partitioning
 from jax.experimental.pallas import tpu as pallas_tpu  # noqa: F401
+from jax.custom_derivatives import CustomVJPPrimal as CustomVJPPrimal
+from jax.custom_derivatives import SymbolicZero as SymbolicZero
 from jax.extend.core import ClosedJaxpr as ClosedJaxpr
 from jax.extend.core import Jaxpr as Jaxpr
 from jax.extend.core import JaxprEqn as JaxprEqn
@@ -44,8 +48,19 @@ except ImportError:  # deprecated since JAX 0.11, to be removed in some later ve
 
 
 def define_vjp_with_logs(function: Any, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
-    """Give a `jax.custom_vjp` function a backward rule that returns `(cotangents, logs)`."""
-    function.defvjp_with_logs(fwd, bwd)
+    """Give a `jax.custom_vjp` function rules: the backward returns `(cotangents, logs)`, the forward is told, of each of
+    its arguments, whether it is differentiated."""
+    function.defvjp_with_logs(fwd, bwd, symbolic_zeros=True)
+
+
+def is_primal(node: Any) -> bool:
+    """Whether `node` is an argument of a forward rule: an array with whether it is differentiated."""
+    return isinstance(node, CustomVJPPrimal)
+
+
+def is_symbolic_zero(cotangent: Any) -> bool:
+    """Whether a cotangent is known to be 0."""
+    return isinstance(cotangent, SymbolicZero)
 
 
 def pull_back_with_logs(pullback: Any, cotangent: Any) -> tuple[Any, dict[Any, Any]]:
@@ -84,6 +99,13 @@ def under_differentiation(leaf: Any) -> bool:
     return False
 
 
+def zeros_placed_like(leaf: jax.Array, dtype: Any) -> jax.Array:
+    """Return zeros of a leaf's shape, placed on a mesh as it is, and varying over devices under `shard_map` as it does."""
+    sharding = jax.typeof(leaf).sharding
+    zeros = jnp.zeros(leaf.shape, dtype, out_sharding=sharding if sharding.mesh.explicit_axes else None)
+    return varying_like(zeros, leaf)
+
+
 def is_key(leaf: Any) -> bool:
     """Whether `leaf` is an array of typed PRNG keys."""
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -115,6 +137,12 @@ def varying_alike(arrays: Any) -> tuple[list[Any], bool, Any]:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding, manual_axis_type=kind)
 
     return alike, bool(together), result
+
+
+def varying_like(array: Any, like: Any) -> Any:
+    """Return an array made to vary over the mesh axes, under `shard_map`, over which another does."""
+    missing = jax.typeof(like).manual_axis_type.varying - jax.typeof(array).manual_axis_type.varying
+    return jax.lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array
 
 
 def typed_like(array: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -198,6 +226,66 @@ def shard_map_like(params: dict[str, Any], body: Any, in_specs: Any) -> Any:
         axis_names=set(params["newly_manual_axes"]),
         check_vma=params["check_vma"],
     )
+
+
+# What is known of the higher-order equations that are rebuilt: the parameters that one must have, and may have. Where a
+# newer JAX has others, nobody knows what would be lost, and the equation is left alone.
+_SHARD_MAP = "shard_map"  # not exported: known by its name
+_PARAMETERS: dict[Any, tuple[set[str], set[str]]] = {
+    jit_p: (
+        {"jaxpr", "in_shardings", "out_shardings", "in_layouts", "out_layouts", "donated_invars", "ctx_mesh", "name"}
+        | {"keep_unused", "inline", "compiler_options_kvs"},
+        set(),
+    ),
+    remat_p: ({"jaxpr", "prevent_cse", "differentiated", "policy"}, set()),
+    scan_p: ({"jaxpr", "length", "reverse", "unroll", "ft_in", "ft_out"}, set()),
+    cond_p: ({"branches"}, {"branches_platforms"}),
+    closed_call_p: ({"call_jaxpr"}, set()),
+    _SHARD_MAP: ({"jaxpr", "mesh", "in_specs", "out_specs", "check_vma", "newly_manual_axes"}, set()),
+}
+
+
+def left_alone(eqn: JaxprEqn) -> str:
+    """Return why a higher-order equation of a kind that is rebuilt cannot be; "" if it can, or is of another kind."""
+    name = eqn.primitive.name
+    known = _PARAMETERS.get(_SHARD_MAP if name == _SHARD_MAP else eqn.primitive)
+    if known is None:
+        return ""
+    needed, optional = known
+    if unknown := sorted(set(eqn.params) - needed - optional):
+        return f"inside {name}, whose parameter {', '.join(unknown)} this version of msbp_jax does not know"
+    if missing := sorted(needed - set(eqn.params)):
+        return f"inside {name}, which lacks the parameter {', '.join(missing)} in this version of JAX"
+    params = eqn.params
+    if eqn.primitive is jit_p and any(layout is not None for layout in (*params["in_layouts"], *params["out_layouts"])):
+        return "inside a jit that holds its arguments or results to layouts"
+    if eqn.primitive is remat_p and (params["differentiated"] or not isinstance(params["prevent_cse"], bool)):
+        return "inside a checkpoint that is differentiated already, or keeps its arguments apart one by one"
+    return ""
+
+
+def jit_like(params: dict[str, Any], body: Callable[[list[Any], Any], Any]) -> Callable[[list[Any], Any], Any]:
+    """Return `body(inputs, further)` compiled as a `jit` equation of these parameters is."""
+    count = len(params["donated_invars"])
+    donated = tuple(number for number, is_donated in enumerate(params["donated_invars"]) if is_donated)
+    flat = lambda *args: body(list(args[:count]), args[count])
+    flat.__name__ = flat.__qualname__ = params["name"]
+    compiled = jax.jit(
+        flat,
+        donate_argnums=donated or None,
+        keep_unused=params["keep_unused"],
+        inline=params["inline"],
+        compiler_options=dict(params["compiler_options_kvs"]) or None,
+    )
+    return lambda inputs, further: compiled(*inputs, further)
+
+
+def mesh_of(params: dict[str, Any]) -> Any:
+    """Return the context of the mesh that a `jit` equation was made under, where it is not the one we are under."""
+    mesh = getattr(params["ctx_mesh"], "abstract_mesh", params["ctx_mesh"])
+    if mesh.empty or mesh == jax.sharding.get_abstract_mesh():
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def closed(jaxpr: Any) -> ClosedJaxpr:

@@ -11,7 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 @jax.tree_util.register_dataclass
@@ -108,7 +108,7 @@ def accumulation_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes) else jnp.float32)
 
 
-def group_rows(matrix: Float[Array, "rows n"], rows_per_group: int | None) -> Float[Array, "G r n"]:
+def group_rows(matrix: Shaped[Array, "rows n"], rows_per_group: int | None) -> Shaped[Array, "G r n"]:
     """Cut the rows of a matrix into consecutive groups, with rows of zeros to fill the last one.
 
     Args:
@@ -116,14 +116,14 @@ def group_rows(matrix: Float[Array, "rows n"], rows_per_group: int | None) -> Fl
       rows_per_group: `r`; None, or more than there are rows, gives one group.
 
     Returns:
-      `[G, r, n]` with `G = ceil(rows / r)`.
+      `[G, r, n]` with `G = ceil(rows / r)`; no group for no rows.
     """
     rows, n = matrix.shape
-    size = rows if rows_per_group is None else min(rows_per_group, rows)
+    size = max(1, rows if rows_per_group is None else min(rows_per_group, rows))
     missing = -rows % size
     if missing:
         matrix = jnp.pad(matrix, ((0, missing), (0, 0)))
-    return matrix.reshape(-1, size, n)
+    return matrix.reshape((rows + missing) // size, size, n)
 
 
 def take_columns(cotangent: Float[Array, "rows n"], index: Int[Array, "G k"], rows_per_group: int | None) -> Columns:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from msbp_jax import _checks, _compat
 from msbp_jax.formats import Columns, Dense, Format
-from msbp_jax.kernels._residual import add_memory, carried_on
-from msbp_jax.sparsifiers import Sparsifier, _base
-from msbp_jax.sparsifiers._base import State
+from msbp_jax.kernels._residual import add_memory, left_of, takes_part
+from msbp_jax.sparsifiers import Sparsifier
+from msbp_jax.sparsifiers._base import State, Weighted
+from msbp_jax.sparsifiers._keys import split_keys
+from msbp_jax.sparsifiers._weighted import apply_weighted, settled
 
 
 class MemorizedState(NamedTuple):
@@ -41,8 +43,12 @@ def memorized(
     where `g` is the gradient of the layer's output, `p` is what both products of the backward see, and `R` is the mean
     over rows (`"mean"`), the mean over the rows of each shard (`"local"`), or the identity (`"slot"`).
 
+    A row of `g` that is exactly 0 (padding, a masked label) takes no part: it gets no memory, is not counted in the mean,
+    and keeps its slot as it was. So a padded batch makes the memory that it makes without its padding, whatever stands
+    in it. Where nothing takes part, the memory stays.
+
     Args:
-      sparsifier: `S`, any sparsifier.
+      sparsifier: `S`, any sparsifier without a memory.
       decay: How much of the residual is carried on, in [0, 1]; the paper's memory ratio. `decay=0` is `S` itself.
       reduce: `"mean"`: m is `[n]`, the mean of the residual over rows, added to every row, whatever the batch size.
         `"slot"`: m is `[rows, n]`, each row for itself; every step must then have the same number of rows.
@@ -56,8 +62,8 @@ def memorized(
       Where `S` keeps everything, so does this, without memory.
 
     Raises:
-      ValueError: `decay` outside [0, 1], an unknown `reduce`, `shards` without `reduce="local"`; later, rows that
-        cannot be cut into `shards` blocks of whole groups.
+      ValueError: `decay` outside [0, 1], an unknown `reduce`, `shards` without `reduce="local"`, a sparsifier that has
+        a memory already; later, rows that cannot be cut into `shards` blocks of whole groups.
       TypeError: `sparsifier` is not a `Sparsifier`, or `decay` not a number.
 
     Example:
@@ -80,45 +86,93 @@ def memorized(
         if reduce != "local":
             raise ValueError(f'shards={shards!r} is for reduce="local", got reduce={reduce!r}. Leave it out.')
         _checks.positive_int("shards", shards, "blocks of rows with a memory each")
+    for inner in (sparsifier, sparsifier.per_shard):
+        if inner is not None and isinstance(getattr(inner.apply, "__self__", None), _Memorized | _Shards):
+            raise _has_a_memory(sparsifier)
     if ratio == 0:
         return sparsifier
-    if reduce == "local":
-        return _in_shards(memorized(sparsifier, ratio), shards, f'{sparsifier.name}, decay={ratio:g}, reduce="local"')
-
-    def init(aval: jax.ShapeDtypeStruct) -> MemorizedState:
-        shape = aval.shape if reduce == "slot" else aval.shape[1:]
-        return MemorizedState(jnp.zeros(shape, jnp.float32), sparsifier.init(aval))
-
-    def apply(g: jax.Array, state: MemorizedState) -> tuple[Format, MemorizedState]:
-        if sparsifier.with_memory is not None:
-            p, residual, inner = sparsifier.with_memory(g, state.residual, ratio, state.inner)
-            return p, MemorizedState(residual, inner)
-        u = add_memory(g, state.residual)
-        p, inner = sparsifier.apply(u, state.inner)
-        return p.astype(g.dtype), MemorizedState(carried_on(u, p, ratio, by_slot=reduce == "slot"), inner)
-
-    kind = "" if reduce == "mean" else ', reduce="slot"'
-    by_example = sparsifier.per_example
-    return Sparsifier(
-        init=init,
-        apply=apply,
-        name=f"memorized({sparsifier.name}, decay={ratio:g}{kind})",
-        is_identity=sparsifier.is_identity,
-        per_example=by_example and (lambda rows: memorized(by_example(rows), ratio, reduce=reduce)),
-    )
+    if reduce != "local":
+        return _Memorized(sparsifier, ratio, reduce == "slot").sparsifier()
+    name = f'{sparsifier.name}, decay={ratio:g}, reduce="local"'
+    return _Shards(_Memorized(sparsifier, ratio, by_slot=False).sparsifier(), shards, name).sparsifier()
 
 
-def _in_shards(sparsifier: Sparsifier, shards: int | None, name: str) -> Sparsifier:
-    """Return a sparsifier that treats equal blocks of consecutive rows each for itself, with a state each.
+@dataclasses.dataclass(frozen=True)
+class _Memorized:
+    inner: Sparsifier
+    decay: float
+    by_slot: bool
 
-    Args:
-      sparsifier: What treats a block.
+    def sparsifier(self) -> Sparsifier:
+        inner = self.inner
+        return Sparsifier(
+            init=self.init,
+            apply=self.apply,
+            name=f"memorized({inner.name}, decay={self.decay:g}{', reduce="slot"' if self.by_slot else ''})",
+            is_identity=inner.is_identity,
+            per_example=None if inner.per_example is None else self.per_example,
+            per_shard=None if inner.per_shard is None else dataclasses.replace(self, inner=inner.per_shard).sparsifier(),
+            weighted=self.weighted,
+        )
+
+    def init(self, aval: jax.ShapeDtypeStruct) -> MemorizedState:
+        shape = aval.shape if self.by_slot else aval.shape[1:]
+        inner = self.inner.init(aval)
+        if any(isinstance(node, MemorizedState) for node in jax.tree.leaves(inner, is_leaf=_is_memory)):
+            raise _has_a_memory(self.inner)
+        return MemorizedState(jnp.zeros(shape, jnp.float32), inner)
+
+    def apply(self, g: jax.Array, state: MemorizedState) -> tuple[Format, MemorizedState]:
+        p, total, weight = self.weighted(g, state)
+        return p, settled(state, total, weight)
+
+    def weighted(self, g: jax.Array, state: MemorizedState) -> Weighted:
+        p: Format
+        if self.inner.with_memory is not None and g.shape[0] > 0:
+            p, left, rows = self.inner.with_memory(g, state.residual)
+            total, weight = state.inner, state.inner
+        else:
+            live = takes_part(g)
+            u = add_memory(g, state.residual, live)
+            p, total, weight = apply_weighted(self.inner, u, state.inner, live)
+            left, rows = left_of(u, p, live, by_slot=self.by_slot)
+            p = p.astype(g.dtype)
+        left = jnp.asarray(self.decay, left.dtype) * left
+        return Weighted(p, MemorizedState(left, total), MemorizedState(rows, weight))
+
+    def per_example(self, rows: int) -> Sparsifier:
+        assert self.inner.per_example is not None
+        return dataclasses.replace(self, inner=self.inner.per_example(rows)).sparsifier()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shards:
+    """A sparsifier that treats equal blocks of consecutive rows each for itself, with a state each.
+
+    Attributes:
+      inner: What treats a block.
       shards: How many; None for as many as JAX has devices.
       name: What it is called, within "memorized()".
     """
 
-    def block(aval: jax.ShapeDtypeStruct) -> tuple[int, jax.ShapeDtypeStruct]:
-        count = shards or jax.device_count()
+    inner: Sparsifier
+    shards: int | None
+    name: str
+
+    def sparsifier(self) -> Sparsifier:
+        return Sparsifier(
+            init=self.init,
+            apply=self.apply,
+            name=f"memorized({self.name})",
+            is_identity=self.inner.is_identity,
+            per_example=None if self.inner.per_example is None else self.per_example,
+            per_shard=self.inner,
+            weighted=self.weighted,
+        )
+
+    def block(self, aval: Any) -> tuple[int, jax.ShapeDtypeStruct]:
+        """Return how many blocks there are, and what one looks like."""
+        count = self.shards or jax.device_count()
         rows, n = aval.shape
         if rows % count:
             raise ValueError(
@@ -127,41 +181,52 @@ def _in_shards(sparsifier: Sparsifier, shards: int | None, name: str) -> Sparsif
             )
         return count, jax.ShapeDtypeStruct((rows // count, n), aval.dtype)
 
-    def init(aval: jax.ShapeDtypeStruct) -> State:
-        count, own = block(aval)
+    def init(self, aval: jax.ShapeDtypeStruct) -> State:
+        count, own = self.block(aval)
 
         def spread(leaf: jax.Array) -> jax.Array:
-            if _compat.is_key(leaf):
-                return _base.split_keys(leaf, count)
-            return jnp.broadcast_to(leaf, (count, *leaf.shape))
+            return split_keys(leaf, count) if _compat.is_key(leaf) else jnp.broadcast_to(leaf, (count, *leaf.shape))
 
-        return jax.tree.map(spread, sparsifier.init(own))
+        return jax.tree.map(spread, self.inner.init(own))
 
-    def apply(g: jax.Array, state: State) -> tuple[Format, State]:
-        count, own = block(jax.ShapeDtypeStruct(g.shape, g.dtype))
-        p, state = jax.vmap(sparsifier.apply)(g.reshape(count, *own.shape), state)
-        if isinstance(p, Columns):
-            whole = p.values.shape[1] * p.rows_per_group
-            if whole != own.shape[0]:
-                raise ValueError(
-                    f'reduce="local" needs blocks of whole groups: {p.rows_per_group} rows share a choice, and a block '
-                    f"has {own.shape[0]} rows. Choose rows_per_group so that it divides them, or None."
-                )
-            return dataclasses.replace(
-                p,
-                values=p.values.reshape(-1, *p.values.shape[2:]),
-                index=p.index.reshape(-1, p.kept_per_group),
-                scale=None if p.scale is None else p.scale.reshape(-1),
-                shape=(g.shape[0], g.shape[1]),
-            ), state
-        return Dense(p.values.reshape(g.shape)), state
+    def apply(self, g: jax.Array, state: State) -> tuple[Format, State]:
+        p, total, weight = self.weighted(g, state)
+        return p, settled(state, total, weight)
 
-    by_example = sparsifier.per_example
-    return Sparsifier(
-        init=init,
-        apply=apply,
-        name=f"memorized({name})",
-        is_identity=sparsifier.is_identity,
-        per_example=by_example and (lambda rows: _in_shards(by_example(rows), shards, name)),
-        per_shard=sparsifier,
+    def weighted(self, g: jax.Array, state: State) -> Weighted:
+        count, own = self.block(g)
+        blocks = g.reshape(count, *own.shape)
+        p, total, weight = jax.vmap(lambda g, state: tuple(apply_weighted(self.inner, g, state)))(blocks, state)
+        return Weighted(self.strung_together(p, g, own.shape[0]), total, weight)
+
+    def strung_together(self, p: Any, g: jax.Array, rows: int) -> Format:
+        """Return what is propagated of all blocks."""
+        if not isinstance(p, Columns):
+            return Dense(p.values.reshape(g.shape))
+        if p.values.shape[1] * p.rows_per_group != rows:
+            raise ValueError(
+                f'reduce="local" needs blocks of whole groups: {p.rows_per_group} rows share a choice, and a block '
+                f"has {rows} rows. Choose rows_per_group so that it divides them, or None."
+            )
+        return dataclasses.replace(
+            p,
+            values=p.values.reshape(-1, *p.values.shape[2:]),
+            index=p.index.reshape(-1, p.kept_per_group),
+            scale=None if p.scale is None else p.scale.reshape(-1),
+            shape=(g.shape[0], g.shape[1]),
+        )
+
+    def per_example(self, rows: int) -> Sparsifier:
+        assert self.inner.per_example is not None
+        return dataclasses.replace(self, inner=self.inner.per_example(rows)).sparsifier()
+
+
+def _is_memory(node: Any) -> bool:
+    return isinstance(node, MemorizedState)
+
+
+def _has_a_memory(sparsifier: Sparsifier) -> ValueError:
+    return ValueError(
+        f"memorized wraps a sparsifier without a memory, got {sparsifier}. What the inner memory adds would be taken for "
+        "a part of the gradient, and remembered twice. Keep one memorized(), the outermost."
     )

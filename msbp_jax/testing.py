@@ -82,13 +82,18 @@ def check_backend(backend: str) -> None:
 
 
 def _check_memory(backend: str | None, g: jax.Array, memory: jax.Array, k: int, group: int | None) -> None:
-    p, after = kernels.select_with_memory(g, memory, 0.5, k, group, backend=backend)
-    u = np.asarray(g + (memory if memory.ndim == 2 else memory[None]))
+    """Check `select_with_memory`, the first row taking no part."""
+    g = g.at[0].set(0)
+    live = np.asarray(g).any(axis=1, keepdims=True)
+    p, left, rows = kernels.select_with_memory(g, memory, k, group, backend=backend)
+    u = np.where(live, np.asarray(g + (memory if memory.ndim == 2 else memory[None])), 0)
     chosen = np.sort(np.asarray(p.index), axis=1)
     where = backend or "the chosen backend"
     _demand(np.array_equal(chosen, _best_columns(u, k, group)), "with a memory, select chose other columns", where)
-    left = u - np.asarray(p.materialize())
-    _demand(_close(after, 0.5 * (left if memory.ndim == 2 else left.mean(0))), "the new memory is off", where)
+    want = u - np.asarray(p.materialize())
+    _demand(_close(left, want if memory.ndim == 2 else want.sum(0)), "what is left for the memory is off", where)
+    counted = live if memory.ndim == 2 else live.sum(0)
+    _demand(np.array_equal(rows, counted), "the rows that took part are others", where)
 
 
 def dense_products(p: Format, x: Any, w: Any, feature_axis: int) -> tuple[np.ndarray, np.ndarray]:

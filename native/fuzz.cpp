@@ -64,7 +64,7 @@ struct Array {
   Block<uint16_t> halves;
   const void* data() const { return halves ? static_cast<const void*>(halves.get()) : floats.get(); }
 
-  Array(int64_t count, bool bfloat16, int kind) : exact(count) {
+  Array(int64_t count, bool bfloat16, int kind, int64_t width = 0) : exact(count) {
     std::normal_distribution<float> normal;
     for (float& x : exact) {
       x = normal(random_bits) * std::exp(normal(random_bits));
@@ -72,6 +72,8 @@ struct Array {
       if (kind == 2 && between(0, 50) == 0) x = between(0, 1) ? INFINITY : NAN;
       if (bfloat16) x = from_bfloat16(to_bfloat16(x));
     }
+    for (int64_t i = 0; width > 0 && i < count / width; ++i)  // rows that take no part
+      if (between(0, 3) == 0) std::fill_n(exact.begin() + i * width, width, between(0, 1) ? 0.0f : -0.0f);
     if (bfloat16) {
       halves.reset(new uint16_t[count]);
       std::transform(exact.begin(), exact.end(), halves.get(), to_bfloat16);
@@ -130,23 +132,26 @@ void once(const Kernels& kernels, Pool& pool) {
   s.r = between(0, 2) ? std::min<int64_t>(s.rows, between(1, 40)) : s.rows;
   s.bfloat16 = between(0, 1);
   s.by_slot = between(0, 1);
-  s.decay = 0.7f;
   const int kind = static_cast<int>(between(0, 2));
   const int64_t groups = (s.rows + s.r - 1) / s.r, m = between(1, between(0, 2) ? 40 : 200);
-  const Array g(s.rows * s.n, s.bfloat16, kind);
+  const Array g(s.rows * s.n, s.bfloat16, kind, between(0, 1) ? s.n : 0);
   s.gradient = g.data();
   const bool with_memory = between(0, 1);
   const int64_t remembered = s.by_slot ? s.rows * s.n : s.n;
   const Array memory(remembered, false, kind == 1 ? 1 : 0);
-  Block<float> new_memory(new float[remembered]);
-  if (with_memory) s.memory = memory.floats.get(), s.new_memory = new_memory.get();
+  Block<float> left_over(new float[remembered]), live(new float[s.by_slot ? s.rows : 1]);
+  if (with_memory) s.memory = memory.floats.get(), s.left = left_over.get(), s.live = live.get();
   Block<char> values(new char[groups * s.r * s.k * (s.bfloat16 ? 2 : 4)]);
   Block<int32_t> index(new int32_t[groups * s.k]);
   s.values = values.get(), s.index = index.get();
   kernels.select(s, pool);
 
+  std::vector<bool> takes_part(s.rows);
+  for (int64_t i = 0; i < s.rows; ++i)
+    for (int64_t j = 0; j < s.n; ++j)
+      if (!(g.exact[i * s.n + j] == 0)) takes_part[i] = true;
   auto u = [&](int64_t i, int64_t j) {
-    return with_memory ? g.exact[i * s.n + j] + memory.exact[s.by_slot ? i * s.n + j : j] : g.exact[i * s.n + j];
+    return with_memory && takes_part[i] ? g.exact[i * s.n + j] + memory.exact[s.by_slot ? i * s.n + j : j] : g.exact[i * s.n + j];
   };
   auto value = [&](int64_t i, int64_t e) {
     const int64_t at = i * s.k + e;
@@ -173,14 +178,18 @@ void once(const Kernels& kernels, Pool& pool) {
       }
       for (int64_t j = 0; i < s.rows && j < s.n; ++j)
         if (!is_kept[j] && std::isfinite(u(i, j)))
-          left[s.by_slot ? i * s.n + j : j] += u(i, j) / static_cast<double>(s.by_slot ? 1 : s.rows);
+          left[s.by_slot ? i * s.n + j : j] += u(i, j);
     }
   }
   double scale = 0;
   for (const float x : g.exact) scale = std::isfinite(x) ? std::max(scale, std::fabs(static_cast<double>(x))) : scale;
   for (const float x : memory.exact) scale = std::max(scale, std::fabs(static_cast<double>(x)));
-  for (int64_t j = 0; with_memory && j < remembered; ++j)
-    demand(near(new_memory[j], s.decay * left[j], scale), "new memory", kernels, s);
+  if (!s.by_slot) scale *= static_cast<double>(s.rows);
+  for (int64_t j = 0; with_memory && j < remembered; ++j) demand(near(left_over[j], left[j], scale), "left", kernels, s);
+  const auto count = static_cast<float>(std::count(takes_part.begin(), takes_part.end(), true));
+  if (with_memory && !s.by_slot) demand(live[0] == count, "number of rows", kernels, s);
+  for (int64_t i = 0; with_memory && s.by_slot && i < s.rows; ++i)
+    demand(live[i] == (takes_part[i] ? 1.0f : 0.0f), "which rows", kernels, s);
   if (kind == 2) return;  // NaN spreads differently through sums of other orders
 
   Product p{};

@@ -119,7 +119,7 @@ ffi::Error for_each_of_batch(const std::vector<int64_t>& batch, const Body& body
 }
 
 ffi::Error select(ffi::ThreadPool threads, const Operand& g, const Operand* memory, const Operand& values,
-                  const Operand& index, const Operand* new_memory, int64_t k, int64_t r, float decay, bool by_slot,
+                  const Operand& index, const Operand* left, const Operand* live, int64_t k, int64_t r, bool by_slot,
                   int64_t instruction_set) {
   Check check;
   check.rank(g, 2);
@@ -140,8 +140,10 @@ ffi::Error select(ffi::ThreadPool threads, const Operand& g, const Operand* memo
   check.batch(index, values.batch);
   if (memory != nullptr) {
     const std::vector<int64_t> shape = by_slot ? std::vector<int64_t>{rows, n} : std::vector<int64_t>{n};
-    for (const Operand* one : {memory, new_memory}) {
-      check.shape(*one, shape);
+    check.shape(*memory, shape);
+    check.shape(*left, shape);
+    check.shape(*live, by_slot ? std::vector<int64_t>{rows, 1} : std::vector<int64_t>{1});
+    for (const Operand* one : {memory, left, live}) {
       check.dtype(*one, {ffi::DataType::F32}, "float32");
       check.batch(*one, values.batch);
     }
@@ -154,13 +156,13 @@ ffi::Error select(ffi::ThreadPool threads, const Operand& g, const Operand* memo
     s.gradient = g.at(b, values.batch);
     s.bfloat16 = g.bfloat16();
     s.by_slot = by_slot;
-    s.decay = decay;
     s.rows = rows, s.n = n, s.k = k, s.r = r;
     s.values = values.at(b, values.batch);
     s.index = reinterpret_cast<int32_t*>(index.at(b, values.batch));
     if (memory != nullptr) {
       s.memory = reinterpret_cast<const float*>(memory->at(b, values.batch));
-      s.new_memory = reinterpret_cast<float*>(new_memory->at(b, values.batch));
+      s.left = reinterpret_cast<float*>(left->at(b, values.batch));
+      s.live = reinterpret_cast<float*>(live->at(b, values.batch));
     }
     kernels->select(s, pool);
   });
@@ -169,17 +171,18 @@ ffi::Error select(ffi::ThreadPool threads, const Operand& g, const Operand* memo
 ffi::Error select_plain(ffi::ThreadPool threads, ffi::AnyBuffer g, ffi::Result<ffi::AnyBuffer> values,
                         ffi::Result<ffi::AnyBuffer> index, int64_t k, int64_t r, int64_t instruction_set) {
   return select(threads, Operand("cotangent", g, 2), nullptr, Operand("values", *values, 3),
-                Operand("index", *index, 2), nullptr, k, r, 0.0f, false, instruction_set);
+                Operand("index", *index, 2), nullptr, nullptr, k, r, false, instruction_set);
 }
 
 ffi::Error select_with_memory(ffi::ThreadPool threads, ffi::AnyBuffer g, ffi::AnyBuffer memory,
                               ffi::Result<ffi::AnyBuffer> values, ffi::Result<ffi::AnyBuffer> index,
-                              ffi::Result<ffi::AnyBuffer> new_memory, int64_t k, int64_t r, float decay, bool by_slot,
-                              int64_t instruction_set) {
+                              ffi::Result<ffi::AnyBuffer> left_, ffi::Result<ffi::AnyBuffer> live_, int64_t k,
+                              int64_t r, bool by_slot, int64_t instruction_set) {
   const size_t rank = by_slot ? 2 : 1;
-  const Operand old_memory("memory", memory, rank), result("new memory", *new_memory, rank);
-  return select(threads, Operand("cotangent", g, 2), &old_memory, Operand("values", *values, 3),
-                Operand("index", *index, 2), &result, k, r, decay, by_slot, instruction_set);
+  const Operand remembered("memory", memory, rank), left("what is left", *left_, rank),
+      live("which rows took part", *live_, rank);
+  return select(threads, Operand("cotangent", g, 2), &remembered, Operand("values", *values, 3),
+                Operand("index", *index, 2), &left, &live, k, r, by_slot, instruction_set);
 }
 
 ffi::Error multiply(ffi::ThreadPool threads, ffi::AnyBuffer values_, ffi::AnyBuffer index_, ffi::AnyBuffer other_,
@@ -264,9 +267,9 @@ XLA_FFI_DEFINE_HANDLER(select_with_memory_handler, select_with_memory,
                            .Ret<ffi::AnyBuffer>()
                            .Ret<ffi::AnyBuffer>()
                            .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
                            .Attr<int64_t>("k")
                            .Attr<int64_t>("rows_per_group")
-                           .Attr<float>("decay")
                            .Attr<bool>("by_slot")
                            .Attr<int64_t>("instruction_set"));
 

@@ -19,17 +19,18 @@ class Pool {
 enum class Slot { kTile, kResult, kRow, kLists, kOffsets, kColumns, kPartials, kValues, kCount };
 void* scratch(Slot slot, size_t bytes);
 
-// u = g (+ memory); for each group of r rows the k columns with the largest sum of |u|; their entries; what is left.
+// u = g (+ memory); for each group of r rows the k columns with the largest sum of |u|; their entries; what is left. Rows
+// of g that are 0 get no memory and leave nothing.
 struct Select {
   const void* gradient;  // [rows, n]
   bool bfloat16;         // of gradient and values
   const float* memory;   // [n], or [rows, n] if by_slot; null for none
   bool by_slot;
-  float decay;
   int64_t rows, n, k, r;
   void* values;       // [groups, r, k]
   int32_t* index;     // [groups, k], ascending
-  float* new_memory;  // like memory
+  float* left;        // like memory: u without its kept entries, where it is finite, added up over rows unless by_slot
+  float* live;        // how many rows took part, [1]; if by_slot, which, [rows]
 };
 
 // dx = p wT (other = w, out = dx [rows, m]) or dw = xT p (other = x [rows, m], out = dw).

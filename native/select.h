@@ -1,6 +1,8 @@
 // u = g + memory, the k best columns of each group of rows, their entries, and what is left for the memory, with each
 // group of rows read from main memory once.
 //
+// A row of g that is 0 takes no part: nothing is added to it, it has no score, and it is left out of what is left.
+//
 // Sums over rows are made in an order that depends on shapes only, never on threads: row after row within a block, block
 // after block.
 #pragma once
@@ -36,6 +38,21 @@ struct Selection {
   int64_t end_of(int64_t group) const { return least(s.rows, (group + 1) * s.r); }
   bool means() const { return s.memory && !s.by_slot; }
 
+  // Whether there is a memory, and row i of g takes no part in it. The first entries of a row tell, of most rows.
+  MSBP_INLINE bool idle(int64_t i) const {
+    if (!s.memory) return false;
+    const T* x = row(i);
+    int64_t j = 0;
+    for (; j + VL <= s.n; j += VL)
+      if (any_bit(magnitude(load(x + j)))) return false;
+    for (; j < s.n; ++j)
+      if (magnitude_bits(widen(x[j]))) return false;
+    return true;
+  }
+
+  // A partial sum of what is left: n numbers, and how many rows took part.
+  int64_t stride() const { return s.n + 1; }
+
   void run(msbp::Pool& pool) const {
     if (groups < 8 && s.r >= 2 * kSplitRows) {
       few_large_groups(pool);
@@ -47,11 +64,11 @@ struct Selection {
   // Blocks of whole groups, each for itself; the blocks' partial memories are added up at the end.
   void many_groups(msbp::Pool& pool) const {
     const int64_t per_block = ceil_div(groups, kMemoryBlocks), blocks = ceil_div(groups, per_block);
-    float* partials = means() ? scratch<float>(msbp::Slot::kPartials, blocks * s.n) : nullptr;
+    float* partials = means() ? scratch<float>(msbp::Slot::kPartials, blocks * stride()) : nullptr;
     parallel(pool, blocks, [&](int64_t block) {
-      float* left = partials ? partials + block * s.n : nullptr;
-      if (left) std::memset(left, 0, s.n * sizeof(float));
-      float* space = scratch<float>(msbp::Slot::kRow, 4 * s.n + 64);
+      float* left = partials ? partials + block * stride() : nullptr;
+      if (left) std::memset(left, 0, stride() * sizeof(float));
+      float* space = scratch<float>(msbp::Slot::kRow, 4 * s.n + 65);
       Guess guess;
       for (int64_t group = block * per_block; group < least(groups, (block + 1) * per_block); ++group) {
         s.r == 1 ? one_row(group, left, guess, space) : rows(group, left, guess, space);
@@ -65,6 +82,11 @@ struct Selection {
     float* own = space;
     int32_t* bits = reinterpret_cast<int32_t*>(space + n + 16);
     int32_t* where = bits + n + 16;
+    if (idle(i)) {
+      for (int64_t c = 0; c < s.k; ++c) s.index[i * s.k + c] = static_cast<int32_t>(c);
+      take_row(i, i, bits);
+      return;
+    }
     const T* gradient = row(i);
     const float* m = memory(i);
     const float* u = own;
@@ -95,7 +117,13 @@ struct Selection {
       narrow(own[index[c]], &kept[c]);
       own[index[c]] = 0;
     }
-    s.by_slot ? keep_slot(own, s.new_memory + i * n) : add_finite(own, left);
+    if (s.by_slot) {
+      s.live[i] = 1;
+      keep_slot(own, s.left + i * n);
+    } else {
+      left[n] += 1;
+      add_finite(own, left);
+    }
   }
 
   MSBP_INLINE void add_finite(const float* x, float* total) const {
@@ -106,35 +134,42 @@ struct Selection {
 
   MSBP_INLINE void keep_slot(const float* left, float* out) const {
     int64_t j = 0;
-    const Floats decay = broadcast(s.decay);
-    for (; j + VL <= s.n; j += VL) store(out + j, finite_or_zero(decay * finite_or_zero(load(left + j))));
-    for (; j < s.n; ++j) out[j] = finite_or_zero(s.decay * finite_or_zero(left[j]));
+    for (; j + VL <= s.n; j += VL) store(out + j, finite_or_zero(load(left + j)));
+    for (; j < s.n; ++j) out[j] = finite_or_zero(left[j]);
   }
 
-  // Add |u| of rows [begin, end) to `scores`, and u where it is finite to `sums`, four rows at a time.
+  // Add |u| of those of rows [begin, end) that take part to `scores`, and u where it is finite to `sums` and their number
+  // behind it, four rows at a time.
   void add_rows(int64_t begin, int64_t end, float* scores, float* sums) const {
-    int64_t i = begin;
-    for (; i + 4 <= end; i += 4) add_some<4>(i, scores, sums);
-    for (; i < end; ++i) add_some<1>(i, scores, sums);
+    int64_t some[4], count = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      if (idle(i)) continue;
+      some[count++] = i;
+      if (count < 4) continue;
+      add_some<4>(some, scores, sums);
+      count = 0;
+    }
+    for (int64_t q = 0; q < count; ++q) add_some<1>(some + q, scores, sums);
   }
 
   template <int R>
-  MSBP_INLINE void add_some(int64_t i, float* scores, float* sums) const {
+  MSBP_INLINE void add_some(const int64_t* i, float* scores, float* sums) const {
     if (sums) {
       add_some<R, true>(i, scores, sums);
+      sums[s.n] += R;
     } else {
       add_some<R, false>(i, scores, sums);
     }
   }
 
   template <int R, bool WithSums>
-  MSBP_INLINE void add_some(int64_t i, float* scores, float* sums) const {
+  MSBP_INLINE void add_some(const int64_t* i, float* scores, float* sums) const {
     int64_t j = 0;
     for (; j + VL <= s.n; j += VL) {
       Floats score = load(scores + j), left{};
       if (WithSums) left = load(sums + j);
       for (int q = 0; q < R; ++q) {
-        const Floats x = at(row(i + q), memory(i + q), j);
+        const Floats x = at(row(i[q]), memory(i[q]), j);
         score += magnitude(x);
         if (WithSums) left += finite_or_zero(x);
       }
@@ -143,8 +178,8 @@ struct Selection {
     }
     for (; j < s.n; ++j) {
       for (int q = 0; q < R; ++q) {
-        const float* m = memory(i + q);
-        const float x = widen(row(i + q)[j]) + (m ? m[j] : 0.0f);
+        const float* m = memory(i[q]);
+        const float x = widen(row(i[q])[j]) + (m ? m[j] : 0.0f);
         scores[j] += from_bits(magnitude_bits(x));
         if (WithSums) sums[j] += finite_or_zero(x);
       }
@@ -158,7 +193,7 @@ struct Selection {
     int32_t* where = bits + n + 16;
     float* sums = left ? space + 3 * n + 48 : nullptr;
     std::memset(scores, 0, n * sizeof(float));
-    if (sums) std::memset(sums, 0, n * sizeof(float));
+    if (sums) std::memset(sums, 0, stride() * sizeof(float));
     add_rows(group * s.r, end_of(group), scores, sums);
     int32_t* index = s.index + group * s.k;
     choose(scores, guess, bits, where, index);
@@ -176,14 +211,23 @@ struct Selection {
   void leave(float* sums, const int32_t* index, float* left) const {
     for (int64_t c = 0; c < s.k; ++c) sums[index[c]] = 0;
     add_finite(sums, left);
+    left[s.n] += sums[s.n];
   }
 
-  // The kept entries of row i, zeros for the rows that fill up the last group, and the row's own memory.
+  // The kept entries of row i, and what is left of it for its own memory; zeros for rows that take no part or fill up the
+  // last group.
   void take_row(int64_t group, int64_t i, int32_t* space) const {
     const int32_t* index = s.index + group * s.k;
     T* kept = values + i * s.k;
     if (i >= s.rows) {
       std::memset(kept, 0, s.k * sizeof(T));
+      return;
+    }
+    if (idle(i)) {
+      std::memset(kept, 0, s.k * sizeof(T));
+      if (!s.by_slot) return;
+      s.live[i] = 0;
+      std::memset(s.left + i * s.n, 0, s.n * sizeof(float));
       return;
     }
     const T* gradient = row(i);
@@ -197,37 +241,38 @@ struct Selection {
     float* u = reinterpret_cast<float*>(space);
     for (int64_t j = 0; j < s.n; ++j) u[j] = widen(gradient[j]) + m[j];
     for (int64_t c = 0; c < s.k; ++c) u[index[c]] = 0;
-    keep_slot(u, s.new_memory + i * s.n);
+    s.live[i] = 1;
+    keep_slot(u, s.left + i * s.n);
   }
 
   // Groups too few to share among threads: their rows are, in blocks whose sums are then added in order.
   void few_large_groups(msbp::Pool& pool) const {
-    const int64_t n = s.n, blocks = ceil_div(s.r, kSplitRows), kinds = means() ? 2 : 1;
-    float* partials = scratch<float>(msbp::Slot::kPartials, (groups * blocks * kinds + 1) * n);
+    const int64_t n = s.n, blocks = ceil_div(s.r, kSplitRows), size = means() ? n + stride() : n;
+    float* partials = scratch<float>(msbp::Slot::kPartials, groups * blocks * size + stride());
     parallel(pool, groups * blocks, [&](int64_t task) {
       const int64_t group = task / blocks, begin = group * s.r + task % blocks * kSplitRows;
-      float* scores = partials + task * kinds * n;
+      float* scores = partials + task * size;
       float* sums = means() ? scores + n : nullptr;
-      std::memset(scores, 0, kinds * n * sizeof(float));
+      std::memset(scores, 0, size * sizeof(float));
       const int64_t end = least(end_of(group), least(begin + kSplitRows, (group + 1) * s.r));
       add_rows(begin, end, scores, sums);
     });
-    float* left = partials + groups * blocks * kinds * n;
-    std::memset(left, 0, n * sizeof(float));
-    float* space = scratch<float>(msbp::Slot::kRow, 4 * n + 64);
+    float* left = partials + groups * blocks * size;
+    std::memset(left, 0, stride() * sizeof(float));
+    float* space = scratch<float>(msbp::Slot::kRow, 4 * n + 65);
     int32_t* bits = reinterpret_cast<int32_t*>(space + n + 16);
     Guess guess;
     for (int64_t group = 0; group < groups; ++group) {
-      float* scores = partials + group * blocks * kinds * n;
+      float* scores = partials + group * blocks * size;
       for (int64_t block = 1; block < blocks; ++block) {
-        for (int64_t j = 0; j < kinds * n; ++j) scores[j] += scores[block * kinds * n + j];
+        for (int64_t j = 0; j < size; ++j) scores[j] += scores[block * size + j];
       }
       choose(scores, guess, bits, bits + n + 16, s.index + group * s.k);
       if (means()) leave(scores + n, s.index + group * s.k, left);
     }
     parallel(pool, groups * blocks, [&](int64_t task) {
       const int64_t group = task / blocks, begin = group * s.r + task % blocks * kSplitRows;
-      float* own = scratch<float>(msbp::Slot::kRow, 4 * n + 64);
+      float* own = scratch<float>(msbp::Slot::kRow, 4 * n + 65);
       for (int64_t i = begin; i < least(begin + kSplitRows, (group + 1) * s.r); ++i)
         take_row(group, i, reinterpret_cast<int32_t*>(own));
     });
@@ -235,11 +280,10 @@ struct Selection {
   }
 
   void finish_memory(const float* partials, int64_t blocks) const {
-    const float rows = static_cast<float>(s.rows);
-    for (int64_t j = 0; j < s.n; ++j) {
+    for (int64_t j = 0; j <= s.n; ++j) {
       float total = partials[j];
-      for (int64_t block = 1; block < blocks; ++block) total += partials[block * s.n + j];
-      s.new_memory[j] = finite_or_zero(s.decay * (total / rows));
+      for (int64_t block = 1; block < blocks; ++block) total += partials[block * stride() + j];
+      (j < s.n ? s.left[j] : *s.live) = finite_or_zero(total);
     }
   }
 };

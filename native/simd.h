@@ -75,6 +75,13 @@ MSBP_INLINE Floats finite_or_zero(Floats x) {
 }
 MSBP_INLINE float finite_or_zero(float x) { return (magnitude_bits(x) & kExponent) == kExponent ? 0.0f : x; }
 
+MSBP_INLINE bool any_bit(Floats x) {
+  const Ints bits = (Ints)x;
+  int32_t any = 0;
+  for (int i = 0; i < VL; ++i) any |= bits[i];
+  return any != 0;
+}
+
 MSBP_INLINE float sum(Floats x) {
   float total = 0;
   for (int i = 0; i < VL; ++i) total += x[i];

@@ -1,7 +1,7 @@
 """The ops of a sparse backward, one folder an op, one file a backend.
 
 select              the k best columns of each group of rows, and their entries    u -> p
-select_with_memory  the same of u = g + m, and what is left of u                   g, m -> p, m'
+select_with_memory  the same of u = g + m, and what is left of u                   g, m -> p, left, rows
 grad_input          dx = p wᵀ                                                      p, w -> dx
 grad_weight         dw = xᵀ p                                                      x, p -> dw
 """
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from msbp_jax.formats import Columns
 from msbp_jax.kernels import _arguments, _choose, _dispatch
+from msbp_jax.kernels._platform import names as _names
 from msbp_jax.kernels.grad_input import IMPLEMENTATIONS as _GRAD_INPUT
 from msbp_jax.kernels.grad_weight import IMPLEMENTATIONS as _GRAD_WEIGHT
 from msbp_jax.kernels.select import IMPLEMENTATIONS as _SELECT
@@ -56,24 +57,26 @@ def select(
 def select_with_memory(
     cotangent: Float[Array, "rows n"],
     memory: Float[Array, ...],
-    decay: float,
     k: int,
     rows_per_group: int | None,
     *,
     backend: str | None = None,
-) -> tuple[Columns, Float[Array, ...]]:
-    """Apply `select` to `u = g + m` and return what is left of it: `m' = decay R(u - p)`.
+) -> tuple[Columns, Float[Array, ...], Float[Array, ...]]:
+    """Apply `select` to `u = g + m` and return what is left of it, `u - p`.
+
+    A row of `g` that is exactly 0 takes no part: nothing is added to it, and nothing is left of it.
 
     Args:
       cotangent: `g`, `[rows, n]`, any floating dtype.
-      memory: `m`: `[n]`, added to every row, `R` being the mean over rows; or `[rows, n]`, `R` being the identity.
-      decay: How much of what is left is carried on.
+      memory: `m`: `[n]`, added to every row that takes part; or `[rows, n]`, one for each.
       k: How many columns to keep, `1 <= k <= n`.
       rows_per_group: `r`; None for one group.
       backend: Name of a backend, or None to choose.
 
     Returns:
-      `p`, in the dtype of `g`, and `m'`, float32, in the shape of `m`; entries that are not finite are 0 in it.
+      `p`, in the dtype of `g`. What is left, float32, in the shape of `m`: the sum over rows, or each row's own, with 0
+      for entries that are not finite. And float32, how much counts in it: the number of rows that took part, `[1]`; or
+      1 for each row that did and 0 for the others, `[rows, 1]`.
 
     Raises:
       TypeError: A value of the wrong type or dtype.
@@ -81,7 +84,7 @@ def select_with_memory(
     """
     _arguments.check_selection(cotangent, k, rows_per_group)
     _arguments.check_memory(cotangent, memory)
-    arguments = cotangent, memory, decay, k, rows_per_group
+    arguments = cotangent, memory, k, rows_per_group
     order = _choose.selection_order(cotangent.shape[0], rows_per_group)
     return _dispatch.run("select_with_memory", _SELECT_WITH_MEMORY, backend, *arguments, order=order)
 
@@ -164,3 +167,8 @@ def backends() -> dict[str, tuple[str, ...]]:
       True
     """
     return {op: tuple(implementations) for op, implementations in OPS.items()}
+
+
+def platform_names() -> frozenset[str]:
+    """Return the names that JAX has for the platform that programs are for, as in `lax.platform_dependent`."""
+    return _names()

@@ -2,7 +2,7 @@
 
 XLA cannot look into a foreign call and would gather its operands. Told that the rows of the gradient, the groups of the
 compact cotangent and the rows of x are one axis, it leaves them where they are: the selection and dx need nothing from
-other devices, dw is summed over them as in a dense backward, and the memory of all rows is the mean of the devices'.
+other devices; dw is summed over them as in a dense backward, and so are what is left for the memory and its rows.
 
 Where all rows are one group, that axis is the group's own: the devices add up their scores, n numbers, and choose
 alike. A batch axis, of experts or of blocks of rows that choose for themselves, is split where it is sharded.
@@ -28,21 +28,19 @@ type Names = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Split:
-    """Which axes of a call's arrays are rows or groups, and what becomes of results that have neither.
+    """Which axes of a call's arrays are rows or groups; results that have neither are added up over devices.
 
     Attributes:
       rule: The axes of operands and results in Shardy's notation; "{rows}" and "{values}" have rows or groups in front.
-      combine: `jax.lax.psum` or `pmean` for the results that have not.
     """
 
     rule: str
-    combine: Callable[..., Any] = jax.lax.psum
 
 
 SPLITS = {
     "select": Split("{rows} n -> {values}, {index}"),
-    "select_with_memory": Split("{rows} n, n -> {values}, {index}, n", combine=jax.lax.pmean),
-    "select_with_memory by slot": Split("{rows} n, {rows} n -> {values}, {index}, {rows} n"),
+    "select_with_memory": Split("{rows} n, n -> {values}, {index}, n, c"),
+    "select_with_memory by slot": Split("{rows} n, {rows} n -> {values}, {index}, {rows} n, {rows} c"),
     "grad_input": Split("{values}, {index}, {scale}, a b -> {rows} m"),
     "grad_weight": Split("{values}, {index}, {scale}, {rows} m -> a b"),
     "native grad_input": Split("{values}, {index}, a b -> {rows} m"),
@@ -84,7 +82,7 @@ def partitioned(
                 return found
             axes = cut.result_axes
             return tuple(
-                split.combine(one, names) if axis is None else one for axis, one in zip(axes, found, strict=True)
+                jax.lax.psum(one, names) if axis is None else one for axis, one in zip(axes, found, strict=True)
             )
 
         return call

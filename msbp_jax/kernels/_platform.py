@@ -6,7 +6,7 @@ time, for a device that the machine need not have.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -30,10 +30,25 @@ def target() -> Device:
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None:
         return Device(_NAMES.get(abstract.platform, abstract.platform), abstract.device_kind)
-    platform = jax.default_backend()
-    return Device(_NAMES.get(platform, platform), jax.devices()[0].device_kind)
+    chosen = _chosen()
+    platform = jax.default_backend() if chosen is None else chosen.platform
+    return Device(_NAMES.get(platform, platform), (chosen or jax.devices()[0]).device_kind)
 
 
 def platform() -> str:
     """Return "cpu", "gpu" or "tpu"."""
     return target().platform
+
+
+def names() -> frozenset[str]:
+    """Return the names that JAX has for the platform, in `lax.platform_dependent` for example."""
+    name = platform()
+    if name != "gpu":
+        return frozenset({name})
+    return frozenset({"gpu", "cuda" if "NVIDIA" in target().kind else "rocm"})
+
+
+def _chosen() -> Any:
+    """Return the device that `jax.default_device` names, None for none."""
+    chosen = jax.config.jax_default_device
+    return jax.local_devices(backend=chosen)[0] if isinstance(chosen, str) else chosen

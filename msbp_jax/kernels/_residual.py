@@ -1,24 +1,61 @@
-"""What a memory adds to a gradient, and what is left for it of what was not propagated."""
+"""What a memory adds to a gradient, and what is left for it of what was not propagated.
+
+A row of the gradient that is exactly 0 (padding, a masked label) takes no part: nothing is added to it, it has no
+score, and nothing is left of it.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from msbp_jax.formats import Columns, Dense, Format, accumulation_dtype, group_rows
 
 
-def add_memory(g: Float[Array, "rows n"], memory: Float[Array, ...]) -> Float[Array, "rows n"]:
-    """Return `u = g + m` in the dtype that sums are made in; m is `[n]` or `[rows, n]`."""
+class Remembered(NamedTuple):
+    """What is added to a gradient.
+
+    Attributes:
+      memory: float32, `[n]` or `[rows, n]`.
+      live: Which rows it is added to, `[rows, 1]`.
+    """
+
+    memory: Float[Array, ...]
+    live: Bool[Array, "rows 1"]
+
+
+def takes_part(g: Float[Array, "rows n"]) -> Bool[Array, "rows 1"]:
+    """Return which rows take part: those with an entry that is not 0."""
+    return jnp.any(g != 0, axis=1, keepdims=True)
+
+
+def add_memory(
+    g: Float[Array, "rows n"], memory: Float[Array, ...], live: Bool[Array, "rows 1"]
+) -> Float[Array, "rows n"]:
+    """Return `u = g + m`, m being `[n]` or `[rows, n]`, in the dtype that sums are made in; 0 where a row is idle."""
     dtype = accumulation_dtype(g.dtype)
     remembered = memory.astype(dtype)
-    return g.astype(dtype) + (remembered if memory.ndim == 2 else remembered[None, :])
+    u = g.astype(dtype) + (remembered if memory.ndim == 2 else remembered[None, :])
+    return jnp.where(live, u, jnp.zeros((), dtype))
 
 
-def carried_on(u: Float[Array, "rows n"], p: Format, decay: float, *, by_slot: bool) -> Float[Array, ...]:
-    """Return `m' = decay R(u - p)`, float32; entries that are not finite become 0."""
-    left = _residual_slots(u, p) if by_slot else _residual_mean(u, p)
-    return finite((jnp.asarray(decay, u.dtype) * left).astype(jnp.float32))
+def left_of(
+    u: Float[Array, "rows n"], p: Format, live: Bool[Array, "rows 1"], *, by_slot: bool
+) -> tuple[Float[Array, ...], Float[Array, ...]]:
+    """Return what is left of u, entries that are not finite as 0, and how much counts in it, both float32.
+
+    Args:
+      u: `g + m`.
+      p: What is propagated.
+      live: Which rows take part.
+      by_slot: Whether each row keeps its own: `u - p`, `[rows, n]`, and `live` as numbers, `[rows, 1]`. Otherwise the
+        sum over rows, `[n]`, and the number of rows that take part, `[1]`.
+    """
+    left = _slots(u, p) if by_slot else _sum(u, p, live)
+    rows = live.astype(jnp.float32)
+    return finite(left.astype(jnp.float32)), rows if by_slot else rows.sum(axis=0)
 
 
 def finite(x: Float[Array, ...]) -> Float[Array, ...]:
@@ -26,20 +63,19 @@ def finite(x: Float[Array, ...]) -> Float[Array, ...]:
     return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
 
 
-def _residual_mean(u: Float[Array, "rows n"], p: Format) -> Float[Array, " n"]:
-    """Return the mean of `u - p` over rows in one pass over `u`, without a dense copy of either."""
-    rows = u.shape[0]
+def _sum(u: Float[Array, "rows n"], p: Format, live: Bool[Array, "rows 1"]) -> Float[Array, " n"]:
+    """Return the sum of `u - p` over rows in one pass over `u`, without a dense copy of either."""
     if isinstance(p, Dense):
-        return finite(u - p.values).sum(axis=0) / rows
+        return jnp.where(live, finite(u - p.values), jnp.zeros((), u.dtype)).sum(axis=0)
     dropped = ~p.kept_columns()
     grouped = group_rows(u, p.rows_per_group)
     total = jnp.where(dropped[:, None, :], finite(grouped), jnp.zeros((), u.dtype)).sum(axis=(0, 1))
     if not p.unchanged:
         total = total.at[p.index.reshape(-1)].add(_left_of_kept(u, p).sum(axis=1).reshape(-1))
-    return total / rows
+    return total
 
 
-def _residual_slots(u: Float[Array, "rows n"], p: Format) -> Float[Array, "rows n"]:
+def _slots(u: Float[Array, "rows n"], p: Format) -> Float[Array, "rows n"]:
     """Return `u - p`."""
     if isinstance(p, Dense):
         return u - p.values

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,12 @@ import jax.numpy as jnp
 from msbp_jax import _compat
 from msbp_jax.formats import Columns, Format
 from msbp_jax.rules._dims import Side
+from msbp_jax.rules._member_keys import member_keys
 from msbp_jax.rules._operation import Dims, Operands, Operation, dense_products
-from msbp_jax.rules._state import LogKey, SiteLog, averages, to_log
-from msbp_jax.sparsifiers._base import Sparsifier, State
+from msbp_jax.rules._way_back import Carriers, given
+from msbp_jax.sparsifiers._base import Sparsifier, State, Weighted
+from msbp_jax.sparsifiers._keys import Kinds, bits_as_keys, keys_as_bits
+from msbp_jax.sparsifiers._weighted import apply_weighted, averages, settled
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,88 +33,140 @@ class Rule:
       operation: The contraction.
       side: Which operand is the weight.
       sparsifier: `S`.
-      key: Where the new state is logged; None to log nothing.
-      observe: "" in training; "sparse" logs the weight's gradient as well; "dense" does so with a dense backward.
+      name: The site's, for messages.
+      key: Where what is observed is logged; "" to log nothing.
+      observe: "" in training; "sparse" logs the weight's gradient; "dense" does so with a dense backward.
       backend: Which backend runs the products; None chooses.
+      kinds: Which leaves of the state are PRNG keys, and of which kind; inside they are passed on as bits.
     """
 
     operation: Operation
     side: Side
     sparsifier: Sparsifier
-    key: LogKey | None = None
+    name: str = ""
+    key: str = ""
     observe: str = ""
     backend: str | None = None
+    kinds: Kinds = ()
 
 
-def sparse_contraction(rule: Rule, operands: Operands, state: State) -> jax.Array:
+class Site(NamedTuple):
+    """What a site has besides its operands.
+
+    Attributes:
+      state: The sparsifier's state, with a leading axis `[batch]` if the contraction has batch axes.
+      carriers: Those of each leaf of the state; None where its new state is not asked for.
+    """
+
+    state: State
+    carriers: list[Carriers] | None
+
+
+def sparse_contraction(rule: Rule, operands: Operands, site: Site) -> jax.Array:
     """Return a contraction with a sparse backward.
 
     Args:
       rule: What is static.
       operands: Left and right operand, then what has no gradient.
-      state: The sparsifier's state, with a leading axis `[batch]` if the contraction has batch axes.
+      site: State, and carriers of the new state.
     """
+    state, kinds = keys_as_bits(site.state)
+    rule, site = dataclasses.replace(rule, kinds=kinds), site._replace(state=state)
     # Within shard_map a rule may not return a gradient that varies over devices for an operand that does not.
-    leaves, structure = jax.tree.flatten((operands, state))
-    operands, state = jax.tree.unflatten(structure, _compat.varying_alike(leaves)[0] if leaves else leaves)
-    return _contract(rule, operands, state)
+    leaves, structure = jax.tree.flatten((operands, site))
+    operands, site = jax.tree.unflatten(structure, _compat.varying_alike(leaves)[0] if leaves else leaves)
+    return _contract(rule, operands, site)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _contract(rule: Rule, operands: Operands, state: State) -> jax.Array:
-    del state
+def _contract(rule: Rule, operands: Operands, site: Site) -> jax.Array:
+    del site
     return rule.operation.forward(*operands)
 
 
-def _forward(rule: Rule, operands: Operands, state: State) -> tuple[jax.Array, tuple[Operands, State]]:
-    return rule.operation.forward(*operands), (operands, state)
+def _forward(rule: Rule, operands: Any, site: Any) -> tuple[jax.Array, tuple[Operands, Site] | None]:
+    """Run the forward; of an argument it is known whether it is differentiated.
+
+    Where no operand is, the backward has nothing to do; that the carriers are does not count.
+
+    Raises:
+      ValueError: An operand is differentiated and the carriers are not: the new state would be lost.
+    """
+    perturbed = lambda tree: any(leaf.perturbed for leaf in jax.tree.leaves(tree, is_leaf=_compat.is_primal))
+    differentiated, returned = perturbed(operands[:2]), perturbed(site.carriers)
+    operands, site = jax.tree.map(lambda leaf: leaf.value, (operands, site), is_leaf=_compat.is_primal)
+    if not differentiated:
+        return rule.operation.forward(*operands), None
+    if jax.tree.leaves(site.carriers) and not returned:
+        raise ValueError(
+            f"The new memory of site {rule.name} cannot leave the backward pass: either the memory went through "
+            "stop_gradient inside the loss, which it needs not, as it is not differentiated; or the loss itself "
+            "differentiates the wrapped model (a gradient penalty, a Hessian-vector product), for which there is no "
+            "memory. Take the stop_gradient away; for derivatives inside the loss, call the plain model that was wrapped."
+        )
+    return rule.operation.forward(*operands), (operands, site)
 
 
 def _backward(
-    rule: Rule, residuals: tuple[Operands, State], g: jax.Array
-) -> tuple[tuple[Any, None], dict[Any, Any] | None]:
-    operands, state = residuals
+    rule: Rule, residuals: tuple[Operands, Site] | None, g: Any
+) -> tuple[tuple[Any, Any], dict[Any, Any] | None]:
+    if residuals is None or _compat.is_symbolic_zero(g):
+        return (None, None), None
+    operands, (state, carriers) = residuals
     lhs, rhs, *_ = operands
-    left: list[Any] = [leaf if averages(leaf) else None for leaf in jax.tree.leaves(state)]
-    extra: dict[str, Any] = {"dw": lhs if rule.side == "lhs" else rhs, "density": None} if rule.observe else {}
-    dlhs, drhs, log = _compat.with_automatic_sharding(
-        functools.partial(_products, dataclasses.replace(rule, key=None)),
+    asked = carriers if carriers and rule.observe != "dense" else []
+    weight = lhs if rule.side == "lhs" else rhs
+    dlhs, drhs, returned, observed = _compat.with_automatic_sharding(
+        functools.partial(_products, dataclasses.replace(rule, name="", key=""), bool(rule.key), bool(asked)),
         (operands, state, g),
-        (lhs, rhs, SiteLog(left, extra)),
+        (lhs, rhs, asked, {"dw": weight, "density": None, "norm": None} if rule.key else {}),
     )
     cotangents = (dlhs, drhs, *(None for _ in operands[2:]))
-    return (cotangents, None), None if rule.key is None else {rule.key: log}
+    returned = jax.tree.map(_compat.varying_like, returned, asked)
+    return (cotangents, Site(None, returned or None)), {rule.key: observed} if rule.key else None
 
 
-@functools.partial(jax.jit, static_argnums=0)  # layers of one shape are traced and lowered once
-def _products(rule: Rule, operands: Operands, state: State, g: jax.Array) -> tuple[jax.Array, jax.Array, SiteLog]:
-    operation = rule.operation
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # layers of one shape are traced and lowered once
+def _products(
+    rule: Rule, observed: bool, remembers: bool, operands: Operands, state: State, g: jax.Array
+) -> tuple[jax.Array, jax.Array, list[Carriers], dict[str, jax.Array]]:
+    operation, state = rule.operation, bits_as_keys(state, rule.kinds)
     dims = operation.dims(operands[0].shape, operands[1].shape, g.shape)
     if rule.observe == "dense":
-        density, new_state = jnp.ones((), jnp.float32), state
+        density, total, weight = jnp.ones((), jnp.float32), state, state
         dlhs, drhs = dense_products(operation, operands, g)
     else:
-        p, new_state = _sparsify(rule.sparsifier, operation.canonical_g(g, operands), state, dims)
+        p, total, weight = _sparsify(rule.sparsifier, operation.canonical_g(g, operands), state, dims)
         density = _density(p, dims)
         if isinstance(p, Columns):
             dlhs, drhs = operation.products(operands, p, g.shape, rule.backend)
         else:
             values = p.values if dims.batch_shape else p.values[None]
             dlhs, drhs = dense_products(operation, operands, operation.program_g(values, operands, g.shape))
-    extra = {"dw": dlhs if rule.side == "lhs" else drhs, "density": density} if rule.observe else {}
-    return dlhs, drhs, SiteLog([to_log(leaf) for leaf in jax.tree.leaves(new_state)], extra)
+    leaves = zip(*map(jax.tree.leaves, (state, total, weight)), strict=True)
+    returned = [given(*leaf) for leaf in leaves] if remembers else []
+    look: dict[str, jax.Array] = {}
+    if observed:
+        new = settled(state, total, weight) if rule.observe == "sparse" else state
+        numbers = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(new) if averages(leaf)]
+        norm = jnp.sqrt(sum((jnp.sum(leaf**2) for leaf in numbers), jnp.zeros((), jnp.float32)))
+        look = {"dw": dlhs if rule.side == "lhs" else drhs, "density": density, "norm": norm}
+    return dlhs, drhs, returned, look
 
 
 _compat.define_vjp_with_logs(_contract, _forward, _backward)
 
 
-def _sparsify(sparsifier: Sparsifier, g: jax.Array, state: State, dims: Dims) -> tuple[Format, State]:
+def _sparsify(sparsifier: Sparsifier, g: jax.Array, state: State, dims: Dims) -> Weighted:
     """Apply `S` to `[batch, rows, n]`, each batch element for itself."""
+    apply = lambda g, state: tuple(apply_weighted(sparsifier, g, state))
+    state = jax.tree.map(lambda leaf: member_keys(leaf, g), state)
     if dims.batch_shape:
-        return jax.vmap(sparsifier.apply)(g, state)
-    return sparsifier.apply(g[0], state)
+        return Weighted(*jax.vmap(apply)(g, state))
+    return Weighted(*apply(g[0], state))
 
 
 def _density(p: Format, dims: Dims) -> jax.Array:
     """Return the share of entries that are propagated and not 0."""
-    return jnp.count_nonzero(p.values).astype(jnp.float32) / (dims.batch * dims.rows * dims.n)
+    entries = float(dims.batch * dims.rows * dims.n)  # more than an int32 holds, of a large layer
+    return jnp.sum(p.values != 0, dtype=jnp.float32) / entries

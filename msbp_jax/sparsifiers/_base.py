@@ -10,7 +10,8 @@ Rules that hold for every one of them:
 * The state that leaves has the structure, shapes and dtypes of the state that came in.
 * Columns are distinct within a group. Ties go to the lower index. Masks are True = kept.
 * `p` has the dtype of `u`.
-* Rows are consecutive: all leading axes of the layer's output flattened in their order.
+* Rows are consecutive: all leading axes of the layer's output flattened in their order. There may be none.
+* A row that is exactly 0 takes no part in anything: it adds to no score, norm, mean or count, and `p` is 0 there.
 """
 
 from __future__ import annotations
@@ -33,6 +34,21 @@ def _never(aval: jax.ShapeDtypeStruct) -> bool:
     return False
 
 
+class Weighted(NamedTuple):
+    """What one use of a layer makes of a cotangent and a state.
+
+    Attributes:
+      p: What is propagated.
+      total: Of the state's structure: new numbers times their weights; whatever is no number as it becomes.
+      weight: Of the state's structure too, float32, each leaf of the rank of the state's and broadcast to it. The new
+        state is the sum of the totals of all uses over the sum of their weights; where that is 0, the old one.
+    """
+
+    p: Format
+    total: State
+    weight: State
+
+
 class Sparsifier(NamedTuple):
     r"""A pair of pure functions that says what of a cotangent is propagated: `p = S(u)`.
 
@@ -43,13 +59,15 @@ class Sparsifier(NamedTuple):
       name: How the report calls it.
       is_identity: Takes the same `ShapeDtypeStruct` and says whether `S(u) = u` there; such a site is evaluated as
         plain JAX, without rule or state.
-      with_memory: None, or `S` with a memory in one go, where there is a faster way than `u = g + m`, `S(u)`,
-        `m' = decay R(u - p)` one after the other: takes `(g, m, decay, state)`, m being `[n]` or `[rows, n]`, and
-        returns `(p, m', state)`. `memorized` uses it.
+      with_memory: None, or for an `S` without state the selection with a memory in one go, where there is a faster way
+        than `u = g + m`, `S(u)` and `u - p` one after the other: takes `(g, m)`, m being `[n]` or `[rows, n]`, and
+        returns `(p, left, rows)` as `msbp_jax.kernels.select_with_memory` does. `memorized` uses it.
       per_example: None, or what this becomes where each entry of the output's leading axis has so many rows
         (`rows_per_group="example"`).
       per_shard: None, or what this becomes inside a `shard_map`, where every device has a state of its own
         (`reduce="local"`).
+      weighted: None, or `apply` for a state that a layer's several uses make together: takes `(u, state)` and returns
+        `Weighted`. Without it, each use weighs by its rows that are not 0.
 
     Example:
       Keep the first `k` features, whatever they hold:
@@ -67,9 +85,10 @@ class Sparsifier(NamedTuple):
     apply: Callable[[jax.Array, State], tuple[Format, State]]
     name: str = "custom"
     is_identity: Callable[[jax.ShapeDtypeStruct], bool] = _never
-    with_memory: Callable[[jax.Array, jax.Array, float, State], tuple[Format, jax.Array, State]] | None = None
+    with_memory: Callable[[jax.Array, jax.Array], tuple[Format, jax.Array, jax.Array]] | None = None
     per_example: Callable[[int], Sparsifier] | None = None
     per_shard: Sparsifier | None = None
+    weighted: Callable[[jax.Array, State], Weighted] | None = None
 
     def __repr__(self) -> str:
         return self.name
@@ -87,6 +106,10 @@ class Count(NamedTuple):
             return min(n, self.k)
         assert self.density is not None
         return max(1, round(self.density * n))
+
+    def keeps_all(self, aval: jax.ShapeDtypeStruct) -> bool:
+        """Whether that is all there are."""
+        return self.of(aval.shape[1]) >= aval.shape[1]
 
     def __str__(self) -> str:
         return f"k={self.k}" if self.k is not None else f"density={self.density:g}"
@@ -122,12 +145,6 @@ def check_rows_per_group(rows_per_group: RowsPerGroup) -> RowsPerGroup:
         rows_per_group,
         'rows that share a choice; "example" for all rows of an example, None for one choice for the whole batch',
     )
-
-
-def split_keys(leaf: jax.Array, count: int) -> jax.Array:
-    """Return a leaf of typed PRNG keys, of any shape, as `[count, ...]` keys made from them."""
-    split = jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)
-    return split(leaf.reshape(-1)).reshape(count, *leaf.shape)
 
 
 def rows_of(rows_per_group: RowsPerGroup) -> int | None:

@@ -20,8 +20,18 @@ def dense() -> Sparsifier:
       >>> import msbp_jax as msbp
       >>> plan = {"head/*": msbp.dense(), "*": msbp.top_k(density=0.04, rows_per_group=32)}
     """
+    return Sparsifier(init=_init, apply=_apply, name="dense()", is_identity=_always)
 
-    def apply(u: jax.Array, state: State) -> tuple[Dense, State]:
-        return Dense(u), state
 
-    return Sparsifier(init=lambda aval: (), apply=apply, name="dense()", is_identity=lambda aval: True)
+def _init(aval: jax.ShapeDtypeStruct) -> State:
+    del aval
+    return ()
+
+
+def _apply(u: jax.Array, state: State) -> tuple[Dense, State]:
+    return Dense(u), state
+
+
+def _always(aval: jax.ShapeDtypeStruct) -> bool:
+    del aval
+    return True

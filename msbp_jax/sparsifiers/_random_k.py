@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from msbp_jax.formats import Columns, take_columns
 from msbp_jax.sparsifiers._base import (
     EXAMPLE,
+    Count,
     RowsPerGroup,
     Sparsifier,
     check_count,
@@ -18,6 +19,7 @@ from msbp_jax.sparsifiers._base import (
     describe,
     rows_of,
 )
+from msbp_jax.sparsifiers._keys import StartingKey
 
 
 class RandomKState(NamedTuple):
@@ -66,40 +68,43 @@ def random_k(
       >>> msbp.random_k(density=0.1, rescale=True, key=jax.random.key(7))
       random_k(density=0.1, rows_per_group=1, rescale=True)
     """
-    count = check_count("random_k", density, k)
-    checked = check_rows_per_group(rows_per_group)
-    group = rows_of(checked)
-    if key is not None and not (isinstance(key, jax.Array) and _is_single_key(key)):
-        raise TypeError(f"key must be one typed PRNG key such as jax.random.key(0), got {key!r}.")
+    count, group = check_count("random_k", density, k), check_rows_per_group(rows_per_group)
+    return _RandomK(count, group, rescale, None if key is None else StartingKey.checked(key)).sparsifier()
 
-    def init(aval: jax.ShapeDtypeStruct) -> RandomKState:
+
+@dataclasses.dataclass(frozen=True)
+class _RandomK:
+    count: Count
+    group: RowsPerGroup
+    rescale: bool
+    key: StartingKey | None
+
+    def sparsifier(self) -> Sparsifier:
+        return Sparsifier(
+            init=self.init,
+            apply=self.apply,
+            name=describe("random_k", self.count, self.group)[:-1] + f", rescale={self.rescale})",
+            is_identity=self.count.keeps_all,
+            per_example=self.per_example if self.group == EXAMPLE else None,
+        )
+
+    def init(self, aval: jax.ShapeDtypeStruct) -> RandomKState:
         del aval
-        return RandomKState(jax.random.key(0) if key is None else key)
+        return RandomKState(jax.random.key(0) if self.key is None else self.key.array)
 
-    def apply(u: jax.Array, state: RandomKState) -> tuple[Columns, RandomKState]:
-        rows, n = u.shape
-        kept = count.of(n)
-        groups = -(-rows // min(group or rows, rows))
+    def apply(self, u: jax.Array, state: RandomKState) -> tuple[Columns, RandomKState]:
+        (rows, n), group = u.shape, rows_of(self.group)
+        kept = self.count.of(n)
+        groups = -(-rows // max(1, min(group or rows, rows)))
         next_key, draw = jax.random.split(state.key)
         # The k largest of n uniform numbers are a uniform draw without replacement; ties cannot bias it towards
         # either side of an index often enough to be seen (24 random bits).
         index = jax.lax.top_k(jax.random.uniform(draw, (groups, n)), kept)[1]
         columns = take_columns(u, index, group)
-        if rescale:
+        if self.rescale:
             scaled = columns.values * jnp.asarray(n / kept, u.dtype)
             columns = dataclasses.replace(columns, values=scaled, unchanged=False)
         return columns, RandomKState(next_key)
 
-    return Sparsifier(
-        init=init,
-        apply=apply,
-        name=describe("random_k", count, checked)[:-1] + f", rescale={rescale})",
-        is_identity=lambda aval: count.of(aval.shape[1]) >= aval.shape[1],
-        per_example=None
-        if checked != EXAMPLE
-        else lambda rows: random_k(density, k=k, rescale=rescale, rows_per_group=rows, key=key),
-    )
-
-
-def _is_single_key(key: jax.Array) -> bool:
-    return jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
+    def per_example(self, rows: int) -> Sparsifier:
+        return dataclasses.replace(self, group=rows).sparsifier()

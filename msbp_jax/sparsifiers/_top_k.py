@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 
 from msbp_jax import kernels
-from msbp_jax.formats import Columns
+from msbp_jax.formats import Columns, take_columns
 from msbp_jax.sparsifiers._base import (
     EXAMPLE,
+    Count,
     RowsPerGroup,
     Sparsifier,
     State,
@@ -58,25 +62,39 @@ def top_k(
       Sun et al., meProp: Sparsified Back Propagation for Accelerated Deep Learning with Reduced Overfitting, 2017
       (arXiv 1706.06197). Zhang et al., Memorized Sparse Backpropagation, 2019 (arXiv 1905.10194).
     """
-    count = check_count("top_k", density, k)
-    checked = check_rows_per_group(rows_per_group)
-    group = rows_of(checked)
+    chosen = _TopK(check_count("top_k", density, k), check_rows_per_group(rows_per_group), backend)
+    return chosen.sparsifier()
 
-    def apply(u: jax.Array, state: State) -> tuple[Columns, State]:
-        return kernels.select(u, count.of(u.shape[1]), group, backend=backend), state
 
-    def with_memory(g: jax.Array, memory: jax.Array, decay: float, state: State) -> tuple[Columns, jax.Array, State]:
-        k = count.of(g.shape[1])
-        p, new_memory = kernels.select_with_memory(g, memory, decay, k, group, backend=backend)
-        return p, new_memory, state
+@dataclasses.dataclass(frozen=True)
+class _TopK:
+    count: Count
+    group: RowsPerGroup
+    backend: str | None
 
-    return Sparsifier(
-        init=lambda aval: (),
-        apply=apply,
-        name=describe("top_k", count, checked),
-        is_identity=lambda aval: count.of(aval.shape[1]) >= aval.shape[1],
-        with_memory=with_memory,
-        per_example=None
-        if checked != EXAMPLE
-        else lambda rows: top_k(density, k=k, rows_per_group=rows, backend=backend),
-    )
+    def sparsifier(self) -> Sparsifier:
+        return Sparsifier(
+            init=self.init,
+            apply=self.apply,
+            name=describe("top_k", self.count, self.group),
+            is_identity=self.count.keeps_all,
+            with_memory=self.with_memory,
+            per_example=self.per_example if self.group == EXAMPLE else None,
+        )
+
+    def init(self, aval: jax.ShapeDtypeStruct) -> State:
+        del aval
+        return ()
+
+    def apply(self, u: jax.Array, state: State) -> tuple[Columns, State]:
+        k, group = self.count.of(u.shape[1]), rows_of(self.group)
+        if u.shape[0] == 0:
+            return take_columns(u, jnp.zeros((0, k), jnp.int32), group), state
+        return kernels.select(u, k, group, backend=self.backend), state
+
+    def with_memory(self, g: jax.Array, memory: jax.Array) -> tuple[Columns, jax.Array, jax.Array]:
+        k, group = self.count.of(g.shape[1]), rows_of(self.group)
+        return kernels.select_with_memory(g, memory, k, group, backend=self.backend)
+
+    def per_example(self, rows: int) -> Sparsifier:
+        return dataclasses.replace(self, group=rows).sparsifier()

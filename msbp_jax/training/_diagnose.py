@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from msbp_jax.formats import accumulation_dtype
-from msbp_jax.rules import SiteLog, Tracker, branches_of
+from msbp_jax.rules import Observer, branches_of
 from msbp_jax.training._value_and_grad import differentiate
 
 
@@ -68,44 +69,44 @@ def diagnose(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[
     """
 
     def wrapped(params: Any, memory: Any, *args: Any, **kwargs: Any) -> Diagnosis:
-        sparse, dense = Tracker("sparse"), Tracker("dense")
+        sparse, dense = Observer("sparse"), Observer("dense")
         _, grads, _, logs = differentiate(loss_fn, has_aux, sparse, params, memory, args, kwargs)
         _, true_grads, _, true_logs = differentiate(loss_fn, has_aux, dense, params, memory, args, kwargs)
-        leaves = jax.tree.leaves(memory)
         sites: dict[str, SiteDiagnosis] = {}
         for key, name in sparse.sites.items():
             if key in logs and key in true_logs:
-                unique = name if name not in sites else f"{name}#{len(sites)}"
-                numbers = [jnp.issubdtype(leaves[place].dtype, jnp.inexact) for place in key.leaves]
-                sites[unique] = _site(logs[key], true_logs[key], numbers)
+                numbered = (f"{name}#{number}" for number in itertools.count(2))
+                unique = name if name not in sites else next(other for other in numbered if other not in sites)
+                sites[unique] = _site(logs[key], true_logs[key])
         return Diagnosis(_cosine(grads, true_grads), sites)
 
     return wrapped
 
 
-def _site(log: Any, true_log: Any, numbers: list[bool]) -> SiteDiagnosis:
+def _site(log: Any, true_log: Any) -> SiteDiagnosis:
     pieces, truth = branches_of(log), branches_of(true_log)
     extra, true_extra = [[_ran(site, ran) for site, ran in some] for some in (pieces, truth)]
     runs = jnp.stack([jnp.mean(ran.astype(jnp.float32)) for _, ran in pieces]).sum()
     density = jnp.stack([jnp.mean(piece["density"]) for piece in extra]).sum() / jnp.maximum(
         runs, jnp.finfo(runs.dtype).tiny
     )
-    norm = optax.tree.norm([[leaf for leaf, n in zip(site.state, numbers, strict=True) if n] for site, _ in pieces])
+    norm = optax.tree.norm([piece["norm"] for piece in extra])
     return SiteDiagnosis(
         _cosine([piece["dw"] for piece in extra], [piece["dw"] for piece in true_extra]), density, jnp.asarray(norm)
     )
 
 
-def _ran(site: SiteLog, ran: jax.Array) -> dict[str, jax.Array]:
+def _ran(seen: dict[str, jax.Array], ran: jax.Array) -> dict[str, jax.Array]:
     """Return what was observed, with zeros where the branch did not run."""
 
     def masked(value: jax.Array) -> jax.Array:
         return jnp.where(ran.reshape(ran.shape + (1,) * (value.ndim - ran.ndim)), value, jnp.zeros((), value.dtype))
 
-    return {name: masked(value) for name, value in site.extra.items()}
+    return {name: masked(value) for name, value in seen.items()}
 
 
 def _cosine(a: Any, b: Any) -> jax.Array:
-    a, b = (jax.tree.map(lambda leaf: leaf.astype(accumulation_dtype(leaf.dtype)), t) for t in (a, b))
+    numbers = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if leaf.dtype != jax.dtypes.float0]
+    a, b = ([leaf.astype(accumulation_dtype(leaf.dtype)) for leaf in numbers(tree)] for tree in (a, b))
     norms = optax.tree.norm(a) * optax.tree.norm(b)
     return optax.tree.vdot(a, b) / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)

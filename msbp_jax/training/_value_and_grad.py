@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from msbp_jax import _compat
-from msbp_jax._checks import check_parameters
-from msbp_jax.rules import Tracker
+from msbp_jax._checks import check_parameters, is_differentiable
+from msbp_jax.rules import Observer, Passage, plain
 from msbp_jax.training._microbatches import Step, check_microbatches, in_microbatches
 
 
@@ -48,7 +49,7 @@ def value_and_grad(
     count = check_microbatches(microbatches)
 
     def step(params: Any, memory: Any, carried: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
-        value, grads, memory, _ = differentiate(loss_fn, has_aux, Tracker(), params, memory, args, kwargs)
+        value, grads, memory, _ = differentiate(loss_fn, has_aux, None, params, memory, args, kwargs)
         value, aux = value if has_aux else (value, None)
         return Step(value, aux, grads, memory, carried)
 
@@ -63,7 +64,7 @@ def value_and_grad(
 def differentiate(
     loss_fn: Callable[..., Any],
     has_aux: bool,
-    tracker: Tracker,
+    observer: Observer | None,
     params: Any,
     memory: Any,
     args: tuple[Any, ...],
@@ -71,40 +72,56 @@ def differentiate(
 ) -> tuple[Any, Any, Any, dict[Any, Any]]:
     """Return (value, gradients, memory, everything the rules logged); see `value_and_grad`."""
     check_parameters(jax.tree_util.tree_flatten_with_path(params)[0])
-    marked = tracker.mark(memory)
+    passage = Passage(memory, observer)
+    unused: list[bool] = []
+    leaves, structure = jax.tree.flatten(params)
+    numbers = [leaf for leaf in leaves if is_differentiable(leaf)]
 
-    def loss(params: Any) -> Any:
-        result = loss_fn(params, marked, *args, **kwargs)
+    def loss(numbers: list[Any], carriers: Any) -> Any:
+        filled = iter(numbers)
+        own = [next(filled) if is_differentiable(leaf) else leaf for leaf in leaves]
+        result = loss_fn(jax.tree.unflatten(structure, own), passage.marked(carriers), *args, **kwargs)
+        unused.append(passage.unused)
         if has_aux and not (isinstance(result, tuple) and len(result) == 2):
             raise TypeError(
                 f"With has_aux=True the loss function must return (loss, aux), got {type(result).__name__}."
             )
-        _check_loss(result[0] if has_aux else result)
-        return result
+        value, aux = result if has_aux else (result, None)
+        _check_loss(value)
+        return jnp.asarray(value), plain(aux)
 
     try:
-        if has_aux:
-            loss_value, pullback, aux = jax.vjp(loss, params, has_aux=True)
-        else:
-            loss_value, pullback = jax.vjp(loss, params)
-        (grads,), logs = _compat.pull_back_with_logs(pullback, jnp.ones_like(loss_value))
+        value, pullback, aux = jax.vjp(loss, numbers, passage.carriers, has_aux=True)
+        (grads, returned), logs = _compat.pull_back_with_logs(pullback, jnp.ones_like(value))
     except ValueError as error:
         if "Duplicate backward-pass log key" not in str(error):
             raise
         raise ValueError(
-            "One memory went through the same jit-compiled function more than once in one loss, so that two new "
-            "memories bear one name. Call the wrapped model directly (jit the whole step instead), or keep a memory "
-            "for each call."
+            "msbp.diagnose tells the uses of a site apart as it traces them, and one compiled function went into this "
+            "loss more than once. Call the wrapped model directly."
         ) from error
-    if tracker.marks and not tracker.sites:
+    if unused[-1]:
         raise ValueError(
             "loss_fn passed its memory to no wrapped model, so that the backward was dense. Call the models of "
             "sparse_vjp with memory=memory inside loss_fn."
         )
-    return (loss_value, aux) if has_aux else loss_value, grads, tracker.collect(memory, logs), logs
+    found = iter(grads)
+    every = [next(found) if is_differentiable(leaf) else no_gradient(leaf) for leaf in leaves]
+    gradients = jax.tree.unflatten(structure, every)
+    return (value, aux) if has_aux else value, gradients, passage.collected(returned), logs
+
+
+def no_gradient(leaf: Any) -> np.ndarray:
+    """Return what JAX has for the gradient of an array without fractions: zeros of dtype float0."""
+    return np.zeros(np.shape(leaf), jax.dtypes.float0)
 
 
 def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, jax.Array | np.ndarray | np.generic | float):
+        raise TypeError(
+            f"The loss must be a real scalar, got {type(loss).__name__}. If the loss function returns something besides "
+            "the loss, return (loss, aux) and pass has_aux=True."
+        )
     shape, dtype = jnp.shape(loss), jnp.result_type(loss)
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from msbp_jax import _compat
+from msbp_jax import _compat, kernels
 from msbp_jax.rules import CONTRACTIONS, Side
 from msbp_jax.transform import _sources
 from msbp_jax.transform._sources import CONSTANT, Source, union
@@ -30,14 +30,12 @@ class Loop:
         it is the same one (time steps, shards of the batch: one memory).
       mesh_axis: Name of the devices' axis; "" for a scan.
       sharded: Whether either operand differs between the devices of that axis.
-      logged: Whether what is logged inside leaves with an entry for each iteration or device.
     """
 
     length: int
     instances: bool
     mesh_axis: str = ""
     sharded: bool = False
-    logged: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,16 +73,22 @@ class Found:
             return None
         return "lhs" if self.lhs_source.is_weight else "rhs"
 
+    @property
+    def moves(self) -> bool:
+        """Whether either operand may be differentiated."""
+        return self.lhs_source.moves or self.rhs_source.moves
 
-def discover(jaxpr: _compat.ClosedJaxpr, sources: Sequence[Source]) -> list[Found]:
+
+def discover(jaxpr: _compat.ClosedJaxpr, sources: Sequence[Source], constants: Sequence[Source]) -> list[Found]:
     """Return the contractions of a program in the order in which they stand in it.
 
     Args:
       jaxpr: The program.
       sources: What its arguments are.
+      constants: What its constants are.
     """
     walk = _Walk()
-    walk.jaxpr(jaxpr, sources, _At())
+    walk.jaxpr(jaxpr, sources, _At(), constants)
     return sorted(walk.found.values(), key=lambda found: found.place)
 
 
@@ -126,8 +130,27 @@ class _At:
 _MADE_ALIKE = frozenset({"psum", "psum_invariant", "pmax", "pmin", "all_gather", "all_gather_invariant"})
 
 
+# Those whose derivative is their own affair; what else has a body and is not known here is said to be so.
+_OWN_DERIVATIVE = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vmap_call", "custom_linear_solve", "while"})
+
+
 def _keeps_its_own(eqn: _compat.JaxprEqn) -> str:
-    return f"inside {eqn.primitive.name}, which keeps its own derivative"
+    if eqn.primitive.name in _OWN_DERIVATIVE:
+        return f"inside {eqn.primitive.name}, which keeps its own derivative"
+    return f"inside {eqn.primitive.name}, a primitive that this version of msbp_jax does not look into"
+
+
+def _why_not_run(eqn: _compat.JaxprEqn) -> list[str]:
+    """Return, for each branch of a `cond`, why it never runs here; "" for those that do, or may."""
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is None:
+        return ["" for _ in eqn.params["branches"]]
+    here = kernels.platform_names()
+    chosen = next((number for number, names in enumerate(platforms) if names is None or here & set(names)), None)
+    return [
+        "" if number == chosen else f"in a branch for {', '.join(names or ('other platforms',))}, which is not run here"
+        for number, names in enumerate(platforms)
+    ]
 
 
 def _loop(loop: _sources.Loop, length: int, weight: Source, both: Source, typed: frozenset[str] | None) -> Loop:
@@ -136,17 +159,20 @@ def _loop(loop: _sources.Loop, length: int, weight: Source, both: Source, typed:
     instances = loop in weight.varies
     if axis and typed is not None:
         sharded, instances = axis in typed, instances and axis in typed
-    logged = not axis or sharded or typed is None
-    return Loop(length=length, instances=instances, mesh_axis=axis, sharded=sharded, logged=logged)
+    return Loop(length=length, instances=instances, mesh_axis=axis, sharded=sharded)
 
 
 class _Walk:
     def __init__(self) -> None:
         self.found: dict[Place, Found] = {}
 
-    def jaxpr(self, jaxpr: _compat.ClosedJaxpr, sources: Sequence[Source], at: _At) -> list[Source]:
+    def jaxpr(
+        self, jaxpr: _compat.ClosedJaxpr, sources: Sequence[Source], at: _At, constants: Sequence[Source] | None = None
+    ) -> list[Source]:
         """Walk one jaxpr; return the sources of its results."""
         known: dict[_compat.Var, Source] = dict.fromkeys(jaxpr.jaxpr.constvars, CONSTANT)
+        if constants is not None:
+            known.update(zip(jaxpr.jaxpr.constvars, constants, strict=True))
         known.update(zip(jaxpr.jaxpr.invars, sources, strict=True))
 
         def read(atom: Any) -> Source:
@@ -163,6 +189,9 @@ class _Walk:
         if eqn.primitive.name in CONTRACTIONS:
             self._contraction(eqn, inputs, at)
             return [union(inputs)]
+        if reason := _compat.left_alone(eqn):
+            self._opaque(eqn, inputs, at.sealed_by(reason))
+            return [union(inputs)] * len(eqn.outvars)
         match eqn.primitive:
             case _compat.jit_p | _compat.remat_p:
                 return self.jaxpr(_compat.closed(eqn.params["jaxpr"]), inputs, at)
@@ -172,8 +201,10 @@ class _Walk:
                 return self._scan(eqn, inputs, at)
             case _compat.cond_p:
                 results = [
-                    self.jaxpr(branch, inputs[1:], at.inside(number))
-                    for number, branch in enumerate(eqn.params["branches"])
+                    self.jaxpr(branch, inputs[1:], at.inside(number).sealed_by(reason))
+                    for number, (branch, reason) in enumerate(
+                        zip(eqn.params["branches"], _why_not_run(eqn), strict=True)
+                    )
                 ]
                 chosen_by = inputs[0]
                 return [union((chosen_by, *results_of)) for results_of in zip(*results, strict=True)]
@@ -182,9 +213,11 @@ class _Walk:
             case _ if eqn.primitive.name == "shard_map":
                 return self._shard_map(eqn, inputs, at)
             case _:
-                self._opaque(eqn, inputs, at)
+                self._opaque(eqn, inputs, at.sealed_by(_keeps_its_own(eqn)))
         result = union(inputs)
-        if eqn.primitive.name in _MADE_ALIKE:  # the same on all devices, whatever it was made from
+        if eqn.primitive.name == "stop_gradient":
+            result = result.stopped()
+        elif eqn.primitive.name in _MADE_ALIKE:  # the same on all devices, whatever it was made from
             result = result.outside(*at.mesh_axes(_compat.axes_of_collective(eqn.params)))
         elif eqn.primitive.name == "axis_index":
             result = result.within(*at.mesh_axes(_compat.axes_of_collective(eqn.params)))
@@ -254,7 +287,7 @@ class _Walk:
             carry = grown
 
     def _opaque(self, eqn: _compat.JaxprEqn, inputs: list[Source], at: _At) -> None:
-        """Look into a body with a derivative rule of its own, or none, so that the report can name what is there."""
+        """Look into a body that is left alone, so that the report can name what is there."""
         for number, body in enumerate(_compat.jaxprs_in_params(eqn.params)):
             arguments = inputs if len(body.invars) == len(inputs) else [union(inputs)] * len(body.invars)
-            self.jaxpr(_compat.closed(body), arguments, at.sealed_by(_keeps_its_own(eqn)).inside(number))
+            self.jaxpr(_compat.closed(body), arguments, at.inside(number))

@@ -2,11 +2,16 @@
 
 Everything without a site inside is evaluated as it stands. Higher-order equations with a site inside are rebuilt with
 the public function they came from (`jax.jit`, `lax.scan`, `lax.switch`, `jax.checkpoint`, `jax.shard_map`), so that no
-parameter of theirs has to be edited.
+parameter of theirs has to be edited; `_compat.left_alone` says which are not.
+
+A rebuilt equation is a function of its own, kept for the next time that it is met: outside of a `jit`, JAX would else
+compile it anew at every step.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,147 +20,203 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from msbp_jax import _compat
-from msbp_jax.rules import CONTRACTIONS, Rule, sparse_contraction
-from msbp_jax.sparsifiers._base import State, split_keys
+from msbp_jax.rules import CONTRACTIONS, Rule, Site, sparse_contraction
+from msbp_jax.sparsifiers._base import State
+from msbp_jax.sparsifiers._keys import bits_as_keys, fold, keys_as_bits, split_keys
 from msbp_jax.transform._discover import Loop, Place
 
-States = Mapping[Place, State]
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Placed:
+    """A site in a program: its rule, and the loops around it, outermost first."""
+
+    rule: Rule
+    loops: tuple[Loop, ...]
 
 
-def evaluate(
-    jaxpr: _compat.ClosedJaxpr,
-    arguments: Sequence[Any],
-    rules: Mapping[Place, Rule],
-    loops: Mapping[Place, tuple[Loop, ...]],
-    states: States,
-) -> list[Any]:
-    """Return the results of a program whose contractions at the places of `rules` follow those rules.
+# By place, relative to the program or equation that they stand in.
+type Placeds = Mapping[Place, Placed]
+type Sites = Mapping[Place, Site]
+
+
+def evaluate(jaxpr: _compat.ClosedJaxpr, arguments: Sequence[Any], placed: Placeds, sites: Sites) -> list[Any]:
+    """Return the results of a program whose contractions at certain places follow rules.
 
     Args:
       jaxpr: The program.
       arguments: Its arguments.
-      rules: The rule of each sparse site.
-      loops: The scans around each sparse site.
-      states: The state of each sparse site.
+      placed: The rule of each sparse site, and the loops around it.
+      sites: The state of each.
     """
-    return _Evaluator(rules, loops).closed(jaxpr, arguments, (), 0, dict(states))
+    env: dict[_compat.Var, Any] = {}
+    inner = jaxpr.jaxpr
+    env.update(zip(inner.constvars, jaxpr.consts, strict=True))
+    env.update(zip(inner.invars, arguments, strict=True))
+    # Every equation with a site inside: the others are evaluated as they stand.
+    with_sites = {place[0] for place in placed}
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, _compat.Literal) else env[atom]
+
+    for number, eqn in enumerate(inner.eqns):
+        if number not in with_sites:
+            single, wanted = _compat.single_equation(eqn, inner)
+            results = _compat.eval_jaxpr(single, [], *(env[v] for v in wanted))
+        else:
+            inputs = [read(atom) for atom in eqn.invars]
+            results = _equation(eqn, inputs, _under(placed, number), _under(sites, number))
+        env.update(zip(eqn.outvars, results, strict=True))
+    return [read(atom) for atom in inner.outvars]
 
 
-class _Evaluator:
-    def __init__(self, rules: Mapping[Place, Rule], loops: Mapping[Place, tuple[Loop, ...]]) -> None:
-        self.rules = rules
-        self.loops = loops
-        # Every place on the way to a site: what is not here is evaluated as it stands.
-        self.on_the_way = {place[:depth] for place in rules for depth in range(1, len(place) + 1)}
+def _equation(eqn: _compat.JaxprEqn, inputs: list[Any], placed: Placeds, sites: Sites) -> Sequence[Any]:
+    """Evaluate an equation that is a site or has one inside."""
+    if eqn.primitive.name in CONTRACTIONS:
+        return [sparse_contraction(placed[()].rule, tuple(inputs), sites[()])]
+    return _rebuilt(_Equation(eqn.primitive, eqn.params), tuple(placed.items()))(inputs, sites)
 
-    def closed(self, jaxpr: Any, arguments: Sequence[Any], place: Place, depth: int, states: States) -> list[Any]:
-        """Evaluate a jaxpr at `place`, inside `depth` scans."""
-        env: dict[_compat.Var, Any] = {}
-        inner = jaxpr.jaxpr
-        env.update(zip(inner.constvars, jaxpr.consts, strict=True))
-        env.update(zip(inner.invars, arguments, strict=True))
 
-        def read(atom: Any) -> Any:
-            return atom.val if isinstance(atom, _compat.Literal) else env[atom]
+class _Equation:
+    """A higher-order equation without its variables: equal to another whose parameters are the same objects."""
 
-        for number, eqn in enumerate(inner.eqns):
-            here = (*place, number)
-            if here not in self.on_the_way:
-                single, wanted = _compat.single_equation(eqn, inner)
-                results = _compat.eval_jaxpr(single, [], *(env[v] for v in wanted))
-            else:
-                inputs = [read(atom) for atom in eqn.invars]
-                results = list(self.equation(eqn, inputs, here, depth, _under(states, here)))
-            env.update(zip(eqn.outvars, results, strict=True))
-        return [read(atom) for atom in inner.outvars]
+    def __init__(self, primitive: Any, params: Mapping[str, Any]) -> None:
+        self.primitive = primitive
+        self.params = params
+        self._identity = (primitive, *((name, _identity(value)) for name, value in sorted(params.items())))
 
-    def equation(
-        self, eqn: _compat.JaxprEqn, inputs: list[Any], place: Place, depth: int, states: States
-    ) -> Sequence[Any]:
-        """Evaluate an equation that is a site or has one inside."""
-        params = eqn.params
-        if eqn.primitive.name in CONTRACTIONS:
-            return [sparse_contraction(self.rules[place], tuple(inputs), states[place])]
-        match eqn.primitive:
-            case _compat.closed_call_p:
-                return self.closed(params["call_jaxpr"], inputs, place, depth, states)
-            case _compat.jit_p:
-                body = self._function(params["jaxpr"], place, depth, params["name"])
-                inputs = _compat.constrained(inputs, params["in_shardings"])
-                return _compat.constrained(jax.jit(body)(inputs, states), params["out_shardings"])
-            case _compat.remat_p:
-                body = self._function(_compat.closed(params["jaxpr"]), place, depth, "checkpoint")
-                remat = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
-                return remat(inputs, states)
-            case _compat.cond_p:
-                branches = [
-                    self._function(branch, (*place, number), depth, f"branch_{number}", nested=True)
-                    for number, branch in enumerate(params["branches"])
-                ]
-                return lax.switch(inputs[0], branches, inputs[1:], states)
-            case _compat.scan_p:
-                return self._scan(eqn, inputs, place, depth, states)
-            case _ if eqn.primitive.name == "shard_map":
-                return self._shard_map(eqn, inputs, place, depth, states)
-        raise AssertionError(f"no sites are looked for inside {eqn.primitive}")  # discover() seals them
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Equation) and self._identity == other._identity
 
-    def _function(
-        self, jaxpr: Any, place: Place, depth: int, name: str, *, nested: bool = False
-    ) -> Callable[[list[Any], States], list[Any]]:
-        def body(arguments: list[Any], states: States) -> list[Any]:
-            return self.closed(jaxpr, arguments, place, depth, _under(states, place) if nested else states)
+    def __hash__(self) -> int:
+        return hash(self._identity)
 
-        body.__name__ = body.__qualname__ = name
-        return body
 
-    def _scan(self, eqn: _compat.JaxprEqn, inputs: list[Any], place: Place, depth: int, states: States) -> list[Any]:
-        params = eqn.params
-        consts, carries = _compat.scan_arity(params)
+def _identity(value: Any) -> Any:
+    """Return something hashable that is equal for parameters that may stand for one another."""
+    if isinstance(value, tuple):
+        return tuple(map(_identity, value))
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)  # the equation holds it, so that no other can have its number
+    return value
+
+
+@functools.lru_cache(maxsize=512)
+def _rebuilt(eqn: _Equation, placed: tuple[tuple[Place, Placed], ...]) -> Callable[[list[Any], Sites], list[Any]]:
+    """Return a higher-order equation as a function of its inputs and of the sites inside."""
+    build = {
+        _compat.jit_p: _jit,
+        _compat.closed_call_p: _jit,
+        _compat.remat_p: _remat,
+        _compat.cond_p: _cond,
+        _compat.scan_p: _scan,
+    }.get(eqn.primitive, _shard_map)  # discover() seals all others
+    return build(eqn.params, dict(placed))
+
+
+def _body(jaxpr: Any, placed: Placeds, name: str) -> Callable[[list[Any], Sites], list[Any]]:
+    def body(arguments: list[Any], sites: Sites) -> list[Any]:
+        return evaluate(_compat.closed(jaxpr), arguments, placed, sites)
+
+    body.__name__ = body.__qualname__ = name
+    return body
+
+
+def _inlined(function: Callable[[list[Any], Sites], Any]) -> Callable[[list[Any], Sites], list[Any]]:
+    """Compile what JAX would trace anew at every call, its function being a new one."""
+    return jax.jit(function, inline=True)
+
+
+def _jit(params: Mapping[str, Any], placed: Placeds) -> Callable[[list[Any], Sites], list[Any]]:
+    if "call_jaxpr" in params:
+        return _inlined(_body(params["call_jaxpr"], placed, "closed_call"))
+    compiled = _compat.jit_like(params, _body(params["jaxpr"], placed, params["name"]))
+
+    def call(inputs: list[Any], sites: Sites) -> list[Any]:
+        with _compat.mesh_of(params):
+            inputs = _compat.constrained(inputs, params["in_shardings"])
+            return _compat.constrained(compiled(inputs, sites), params["out_shardings"])
+
+    return call
+
+
+def _remat(params: Mapping[str, Any], placed: Placeds) -> Callable[[list[Any], Sites], list[Any]]:
+    body = _body(params["jaxpr"], placed, "checkpoint")
+    return _inlined(jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"]))
+
+
+def _cond(params: Mapping[str, Any], placed: Placeds) -> Callable[[list[Any], Sites], list[Any]]:
+    branches = [
+        _body(branch, _under(placed, number), f"branch_{number}") for number, branch in enumerate(params["branches"])
+    ]
+
+    platforms = params.get("branches_platforms")
+
+    def cond(inputs: list[Any], sites: Sites) -> list[Any]:
+        bits, kinds = keys_as_bits(sites)  # a vmap turns the whole into a select, which is a use of both its keys
+
+        def of_branch(number: int) -> Callable[[list[Any], Any], list[Any]]:
+            return lambda inputs, bits: branches[number](inputs, _under(bits_as_keys(bits, kinds), number))
+
+        every = [of_branch(number) for number in range(len(branches))]
+        if platforms is None:
+            return lax.switch(inputs[0], every, inputs[1:], bits)
+        own = {name: branch for names, branch in zip(platforms, every, strict=True) for name in names or ()}
+        default = next((branch for names, branch in zip(platforms, every, strict=True) if names is None), None)
+        return lax.platform_dependent(inputs[1:], bits, default=default, **own)
+
+    return _inlined(cond)
+
+
+def _scan(params: Mapping[str, Any], placed: Placeds) -> Callable[[list[Any], Sites], list[Any]]:
+    consts, carries = _compat.scan_arity(params)
+    length = params["length"]
+    inside = {place: dataclasses.replace(one, loops=one.loops[1:]) for place, one in placed.items()}
+    step = _body(params["jaxpr"], inside, "scan")
+    stacked = {place for place, one in placed.items() if one.loops[0].instances}
+
+    def scan(inputs: list[Any], sites: Sites) -> list[Any]:
         fixed, carry, sliced = inputs[:consts], inputs[consts : consts + carries], inputs[consts + carries :]
-        length = params["length"]
-        stacked = {p: s for p, s in states.items() if self.loops[p][depth].instances}
-        shared = {p: s for p, s in states.items() if p not in stacked}
+        shared = {place: site for place, site in sites.items() if place not in stacked}
         # One memory for all steps; but each step draws with a key of its own.
-        keys = {p: [_keys_of_steps(leaf, length) for leaf in jax.tree.leaves(s)] for p, s in shared.items()}
+        keys = {p: [_keys_of_steps(leaf, length) for leaf in jax.tree.leaves(s.state)] for p, s in shared.items()}
 
-        def body(
-            carry: list[Any], step: tuple[list[Any], States, dict[Place, list[Any]]]
-        ) -> tuple[list[Any], list[Any]]:
-            arguments, own, own_keys = step
-            now = {p: _with_keys(state, own_keys[p]) for p, state in shared.items()}
-            results = self.closed(params["jaxpr"], [*fixed, *carry, *arguments], place, depth + 1, {**own, **now})
+        def body(carry: list[Any], now: tuple[list[Any], Sites, Any]) -> tuple[list[Any], list[Any]]:
+            arguments, own, own_keys = now
+            drawn = {p: site._replace(state=_with_keys(site.state, own_keys[p])) for p, site in shared.items()}
+            results = step([*fixed, *carry, *arguments], {**own, **drawn})
             return results[:carries], results[carries:]
 
-        final, outputs = lax.scan(
-            body,
-            carry,
-            (sliced, stacked, keys),
-            length=length,
-            reverse=params["reverse"],
-            unroll=params["unroll"],
-        )
+        xs = (sliced, {place: sites[place] for place in stacked}, keys)
+        how = {"length": length, "reverse": params["reverse"], "unroll": params["unroll"]}
+        final, outputs = lax.scan(body, carry, xs, **how)
         return [*final, *outputs]
 
-    def _shard_map(
-        self, eqn: _compat.JaxprEqn, inputs: list[Any], place: Place, depth: int, states: States
-    ) -> list[Any]:
-        """A memory that devices share is whole on each; one for each device is cut up on its leading axes."""
-        params = eqn.params
-        width = len(_compat.new_mesh_axes(params))
-        axes = {p: self.loops[p][depth : depth + width] for p in states}
-        own = {p: PartitionSpec(*(axis.mesh_axis for axis in axes[p] if axis.instances)) for p in states}
-        specs = {p: jax.tree.map(lambda _, p=p: own[p], state) for p, state in states.items()}
-
-        def body(arguments: list[Any], states: States) -> list[Any]:
-            mine = {p: jax.tree.map(lambda leaf, p=p: _of_device(leaf, axes[p]), state) for p, state in states.items()}
-            return self.closed(_compat.closed(params["jaxpr"]), arguments, place, depth + width, mine)
-
-        mapped = _compat.shard_map_like(params, body, (list(params["in_specs"]), specs))
-        return mapped(inputs, states)
+    return _inlined(scan)
 
 
-def _under(states: States, place: Place) -> States:
-    return {p: state for p, state in states.items() if p[: len(place)] == place}
+def _shard_map(params: Mapping[str, Any], placed: Placeds) -> Callable[[list[Any], Sites], list[Any]]:
+    """Rebuild a `shard_map`. A memory that devices share is whole on each; one for each device is cut up in front."""
+    width = len(_compat.new_mesh_axes(params))
+    axes = {place: one.loops[:width] for place, one in placed.items()}
+    inside = {place: dataclasses.replace(one, loops=one.loops[width:]) for place, one in placed.items()}
+    own = {p: PartitionSpec(*(axis.mesh_axis for axis in axes[p] if axis.instances)) for p in placed}
+    step = _body(params["jaxpr"], inside, "shard_map")
+
+    def body(arguments: list[Any], sites: Sites) -> list[Any]:
+        mine = {p: jax.tree.map(lambda leaf, p=p: _of_device(leaf, axes[p]), site) for p, site in sites.items()}
+        return step(arguments, mine)
+
+    def mapped(inputs: list[Any], sites: Sites) -> list[Any]:
+        specs = {p: jax.tree.map(lambda _, p=p: own[p], site) for p, site in sites.items()}
+        return _compat.shard_map_like(params, body, (list(params["in_specs"]), specs))(inputs, sites)
+
+    return _inlined(mapped)
+
+
+def _under[T](places: Mapping[Place, T], number: int) -> dict[Place, T]:
+    return {place[1:]: value for place, value in places.items() if place[0] == number}
 
 
 def _of_device(leaf: jax.Array, axes: tuple[Loop, ...]) -> jax.Array:
@@ -164,8 +225,7 @@ def _of_device(leaf: jax.Array, axes: tuple[Loop, ...]) -> jax.Array:
     if _compat.is_key(mine):
         for axis in axes:
             if axis.sharded and not axis.instances:
-                device = lax.axis_index(axis.mesh_axis)
-                mine = jax.vmap(jax.random.fold_in, (0, None))(mine.reshape(-1), device).reshape(mine.shape)
+                mine = fold(mine, lax.axis_index(axis.mesh_axis))
     return mine
 
 

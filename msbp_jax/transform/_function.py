@@ -22,9 +22,10 @@ class SparseFunction:
       function: The function that was wrapped.
     """
 
-    def __init__(self, function: Callable[..., Any], plan: Plan, backend: str | None) -> None:
+    def __init__(self, function: Callable[..., Any], plan: Plan, backend: str | None, label: str = "") -> None:
         functools.update_wrapper(self, function, updated=())
         self.function = function
+        self._label = label or f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
         self._plan = plan
         self._backend = backend
 
@@ -44,7 +45,7 @@ class SparseFunction:
             batch; there are no parameters; a pattern of the plan matches nothing.
         """
         if memory is not None:
-            return self._program(params, args, kwargs).run(memory)
+            return self._program(params, args, kwargs, memory).run(memory)
         leaves = jax.tree.leaves((params, args, kwargs))
         if any(_compat.under_differentiation(leaf) for leaf in leaves) and self._is_sparse(params, args, kwargs):
             raise ValueError(
@@ -89,8 +90,9 @@ class SparseFunction:
         entries = ", ".join(f"{pattern!r}: {sparsifier}" for pattern, sparsifier in self._plan.entries)
         return f"sparse_vjp({self._name()}, {{{entries}}})"
 
-    def _program(self, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-        return trace(self.function, self._plan, self._backend, params, args, kwargs)
+    def _program(self, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any], memory: Any = None) -> Program:
+        how = {"label": self._label, "memory": memory}
+        return trace(self.function, self._plan, self._backend, params, args, kwargs, **how)
 
     def _is_sparse(self, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return bool(self._program(params, args, kwargs).sparse_sites)

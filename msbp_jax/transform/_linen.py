@@ -105,7 +105,7 @@ class SparseModule:
             return self.module.apply({"params": params, **others}, *args, **how, **kwargs)
 
         apply.__name__ = type(self.module).__name__
-        return SparseFunction(apply, self._plan, self._backend)
+        return SparseFunction(apply, self._plan, self._backend, repr(self.module))
 
 
 # Arguments of `apply` that say how to apply; they are no pytrees of arrays.

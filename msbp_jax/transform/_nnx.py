@@ -102,7 +102,7 @@ class SparseNNXModule(nnx.Module):
             return result, nnx.state(module, nnx.Not(nnx.Param))
 
         call.__name__ = type(self.module).__name__
-        return SparseFunction(call, self._plan, self._backend)
+        return SparseFunction(call, self._plan, self._backend, type(self.module).__qualname__)
 
     def _check_not_differentiated(self, tree: Any) -> None:
         if any(_compat.under_differentiation(leaf) for leaf in jax.tree.leaves(tree)):

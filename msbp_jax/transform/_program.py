@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,12 +12,13 @@ import numpy as np
 
 from msbp_jax import _compat
 from msbp_jax._checks import check_parameters, is_array, path_name
-from msbp_jax.rules import Rule, Tracker, logged_rank, unwrap
+from msbp_jax.rules import Carriers, Observer, Rule, narrowed, unwrap
+from msbp_jax.rules import Site as SiteState
 from msbp_jax.transform._discover import discover
-from msbp_jax.transform._evaluate import evaluate
+from msbp_jax.transform._evaluate import Placed, evaluate
 from msbp_jax.transform._plan import Plan
 from msbp_jax.transform._sites import Site, check_memory, init_memory, name_sites
-from msbp_jax.transform._sources import DATA, Source
+from msbp_jax.transform._sources import CONSTANT, DATA, Source
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,7 @@ class Program:
       parameters: Path and shape of each parameter leaf.
       sites: Its contractions.
       rebuild: Turns the jaxpr's results into the function's result.
+      label: What the keys of random sparsifiers start from, besides the site: what was wrapped.
       backend: Which backend runs the products; None chooses.
     """
 
@@ -37,6 +40,7 @@ class Program:
     parameters: list[tuple[str, int]]
     sites: list[Site]
     rebuild: Callable[[list[Any]], Any]
+    label: str
     backend: str | None
 
     @property
@@ -46,7 +50,7 @@ class Program:
 
     def init_memory(self) -> dict[str, Any]:
         """Return the memory at the start."""
-        return init_memory(self.sites)
+        return init_memory(self.sites, self.label)
 
     def run(self, memory: Any) -> Any:
         """Return the function's result, with the sparse backward behind it.
@@ -56,32 +60,33 @@ class Program:
           ValueError: `memory` is of another model, plan or batch.
         """
         check_memory(memory, self.sites)
-        rules, states = {}, {}
+        placed, states = {}, {}
         for site in self.sparse_sites:
-            state, tracker, leaves = unwrap(memory[site.name])
-            rules[site.found.place] = self._rule(site, state, tracker, leaves)
-            states[site.found.place] = state
-        loops = {site.found.place: site.loops for site in self.sparse_sites}
-        return self.rebuild(evaluate(self.jaxpr, self.arguments, rules, loops, states))
+            state, carriers, observer = unwrap(site.name, memory[site.name])
+            if site.is_empty or not site.found.moves:
+                continue  # no gradient comes there: it keeps its memory
+            placed[site.found.place] = Placed(self._rule(site, observer), site.loops)
+            states[site.found.place] = SiteState(state, _as_given(site, carriers))
+        return self.rebuild(evaluate(self.jaxpr, self.arguments, placed, states))
 
-    def _rule(self, site: Site, state: Any, tracker: Tracker | None, leaves: tuple[int, ...]) -> Rule:
+    def _rule(self, site: Site, observer: Observer | None) -> Rule:
         assert site.sparsifier is not None
         assert site.operation is not None
-        key = None
-        if tracker is not None:
-            loops = [loop for loop in site.loops if loop.logged]
-            axes = "".join("i" if loop.instances else "s" for loop in loops)
-            ranks = tuple(logged_rank(leaf) - axes.count("i") for leaf in jax.tree.leaves(state))
-            mesh = tuple((number, loop.length) for number, loop in enumerate(loops) if loop.mesh_axis)
-            key = tracker.key(site.name, leaves, ranks, axes, mesh)
         return Rule(
             operation=site.operation,
             side=site.side,
             sparsifier=site.sparsifier,
-            key=key,
-            observe=tracker.observe if tracker is not None else "",
+            name=site.name,
+            key=observer.key(site.name) if observer is not None else "",
+            observe=observer.kind if observer is not None else "",
             backend=self.backend,
         )
+
+
+def _as_given(site: Site, carriers: list[Carriers] | None) -> list[Carriers] | None:
+    if carriers is None:
+        return None
+    return [narrowed(own, shape) for own, shape in zip(carriers, site.weight_shapes, strict=True)]
 
 
 def trace(
@@ -91,10 +96,25 @@ def trace(
     params: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    *,
+    label: str = "",
+    memory: Any = None,
 ) -> Program:
     """Trace `function(params, *args, **kwargs)` and name its sites.
 
-    Arguments that are arrays (or ShapeDtypeStructs) are traced; everything else, such as a flag, is passed as it is.
+    Arguments that are arrays (or ShapeDtypeStructs) are traced; everything else, such as a flag, is passed as it is. So
+    are NumPy scalars and concrete JAX scalars, of which a function may ask whether they are true, as it may without
+    `sparse_vjp`; they count as data.
+
+    Args:
+      function: What was wrapped.
+      plan: Which sparsifier each site gets.
+      backend: Which backend runs the products.
+      params: Its first argument.
+      args: Its other arguments.
+      kwargs: Its keyword arguments.
+      label: What was wrapped, in words that tell models apart.
+      memory: The memory that the program is to run with, if it is.
 
     Raises:
       TypeError: A parameter is not an array, or not of a floating dtype.
@@ -104,12 +124,13 @@ def trace(
     check_parameters(keyed)
     leaves = [leaf for _, leaf in keyed]
     rest, rest_structure = jax.tree.flatten((args, kwargs))
-    traced = [leaf for leaf in rest if is_array(leaf)]
+    is_traced = [is_array(leaf) and not _is_concrete_scalar(leaf) for leaf in rest]
+    traced = [leaf for leaf, yes in zip(rest, is_traced, strict=True) if yes]
     result_structure: list[Any] = []
 
     def flat_function(leaves: list[Any], traced: list[Any]) -> list[Any]:
         arrays = iter(traced)
-        filled = [next(arrays) if is_array(leaf) else leaf for leaf in rest]
+        filled = [next(arrays) if yes else leaf for leaf, yes in zip(rest, is_traced, strict=True)]
         args, kwargs = jax.tree.unflatten(rest_structure, filled)
         result = function(jax.tree.unflatten(params_structure, leaves), *args, **kwargs)
         results, structure = jax.tree.flatten(result)
@@ -117,7 +138,8 @@ def trace(
         result_structure.append((structure, fixed, [is_array(leaf) for leaf in results]))
         return [leaf for leaf in results if is_array(leaf)]
 
-    jaxpr = jax.make_jaxpr(flat_function)(leaves, traced)
+    with jax.disable_jit(False):  # else loops are unrolled, and their sites are others
+        jaxpr = jax.make_jaxpr(flat_function)(leaves, traced)
     structure, fixed, are_arrays = result_structure[-1]
 
     def rebuild(results: list[Any]) -> Any:
@@ -126,8 +148,14 @@ def trace(
         return jax.tree.unflatten(structure, filled)
 
     parameters = [(path_name(path), int(np.prod(leaf.shape))) for path, leaf in keyed]
-    sources = [Source(frozenset({number})) for number in range(len(leaves))] + [DATA] * len(traced)
-    found = discover(jaxpr, sources)
+    moves = _what_moves(memory)
+    sources = [Source(frozenset({number}), moves=moves(leaf)) for number, leaf in enumerate(leaves)]
+    sources += [dataclasses.replace(DATA, moves=moves(leaf)) for leaf in traced]
+    data = {id(leaf) for leaf in rest if is_array(leaf)}
+    constants = [
+        dataclasses.replace(DATA if id(const) in data else CONSTANT, moves=moves(const)) for const in jaxpr.consts
+    ]
+    found = discover(jaxpr, sources, constants)
     if not any(contraction.side for contraction in found):
         names = ", ".join(path for path, _ in parameters)
         raise ValueError(
@@ -140,5 +168,25 @@ def trace(
         parameters=parameters,
         sites=name_sites(found, parameters, plan),
         rebuild=rebuild,
+        label=label,
         backend=backend,
     )
+
+
+def _is_concrete_scalar(leaf: Any) -> bool:
+    """Whether a leaf is a number whose value a function may ask for."""
+    if isinstance(leaf, np.ndarray):  # one with a fraction would become a constant of the program, and no data
+        return leaf.shape == () and leaf.dtype.kind in "bui"
+    concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, _compat.Tracer)
+    return concrete and leaf.shape == () and not _compat.is_key(leaf)
+
+
+def _what_moves(memory: Any) -> Callable[[Any], bool]:
+    """Return what says whether an array may be differentiated.
+
+    Where the carriers of the memory are seen to be, others would be seen to be so as well. Where they are not, a `jit`
+    or a loop stands between, and everything may be.
+    """
+    if any(_compat.under_differentiation(leaf) for leaf in jax.tree.leaves(memory)):
+        return _compat.under_differentiation
+    return lambda leaf: True

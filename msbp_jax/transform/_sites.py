@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from msbp_jax import _compat
-from msbp_jax.rules import Dims, Operation, Side, operation_of, unwrap
+from msbp_jax.rules import Dims, Operation, Side, operation_of, plain
 from msbp_jax.sparsifiers import Sparsifier
 from msbp_jax.sparsifiers._base import State
+from msbp_jax.sparsifiers._keys import fold_name, split_keys
+from msbp_jax.sparsifiers._weighted import apply_weighted, averages
 from msbp_jax.transform._discover import Found, Loop
 from msbp_jax.transform._plan import Plan
 
@@ -73,16 +75,31 @@ class Site:
         one = _abstract_init(self.sparsifier, self.cotangent)
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*self.instances, *leaf.shape), leaf.dtype), one)
 
-    def init(self, number: int) -> State:
-        """Return the state at the start; PRNG keys in it become those of site `number`, and differ by instance."""
+    @property
+    def weight_shapes(self) -> list[tuple[int, ...] | None]:
+        """Shape of what each leaf of the state weighs in one use; None for leaves that are no numbers."""
+        assert self.sparsifier is not None
+        state, weight = _abstract_use(self.sparsifier, self.cotangent)
+        return [
+            (*self.instances, *one.shape) if averages(leaf) else None
+            for leaf, one in zip(*map(jax.tree.leaves, (state, weight)), strict=True)
+        ]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute: no rows, or nothing that they are made from."""
+        return 0 in (self.repeats, self.dims.rows, self.dims.m, self.dims.n)
+
+    def init(self, label: str) -> State:
+        """Return the state at the start; PRNG keys in it differ by site, by instance, and by what was wrapped."""
         assert self.sparsifier is not None
 
         def spread(leaf: Any) -> jax.Array:
             leaf = jnp.asarray(leaf)
             if not _compat.is_key(leaf):
                 return jnp.broadcast_to(leaf, (*self.instances, *leaf.shape))
-            leaf = jax.random.fold_in(leaf, number) if leaf.ndim == 0 else leaf
-            return jax.random.split(leaf, self.instances) if self.instances and leaf.ndim == 0 else leaf
+            own = split_keys(fold_name(leaf, f"{label}/{self.name}"), math.prod(self.instances))
+            return own.reshape(*self.instances, *leaf.shape)
 
         return jax.tree.map(spread, self.sparsifier.init(self.cotangent))
 
@@ -90,6 +107,13 @@ class Site:
 @functools.lru_cache(maxsize=1024)  # every call of a wrapped model checks its memory
 def _abstract_init(sparsifier: Sparsifier, cotangent: jax.ShapeDtypeStruct) -> State:
     return jax.eval_shape(lambda: sparsifier.init(cotangent))
+
+
+@functools.lru_cache(maxsize=1024)
+def _abstract_use(sparsifier: Sparsifier, cotangent: jax.ShapeDtypeStruct) -> tuple[State, State]:
+    """Return the state and what it weighs, in shapes."""
+    state = _abstract_init(sparsifier, cotangent)
+    return state, jax.eval_shape(lambda g, s: apply_weighted(sparsifier, g, s).weight, cotangent, state)
 
 
 def name_sites(found: Sequence[Found], parameters: Sequence[tuple[str, int]], plan: Plan) -> list[Site]:
@@ -106,8 +130,6 @@ def name_sites(found: Sequence[Found], parameters: Sequence[tuple[str, int]], pl
     uses: collections.Counter[str] = collections.Counter()
     sites = []
     for contraction_found in found:
-        if not jnp.issubdtype(contraction_found.out.dtype, jnp.floating):
-            continue  # nothing to differentiate
         name = _name(contraction_found, parameters)
         uses[name] += 1
         if name.startswith("@"):
@@ -119,9 +141,9 @@ def name_sites(found: Sequence[Found], parameters: Sequence[tuple[str, int]], pl
     return sites
 
 
-def init_memory(sites: Sequence[Site]) -> dict[str, State]:
-    """Return the memory of all sparse sites at the start."""
-    return {site.name: site.init(number) for number, site in enumerate(sites) if site.sparsifier is not None}
+def init_memory(sites: Sequence[Site], label: str) -> dict[str, State]:
+    """Return the memory of all sparse sites at the start; `label` tells the keys of one wrapped model from another's."""
+    return {site.name: site.init(label) for site in sites if site.sparsifier is not None}
 
 
 def check_memory(memory: Any, sites: Sequence[Site]) -> None:
@@ -129,21 +151,25 @@ def check_memory(memory: Any, sites: Sequence[Site]) -> None:
 
     Raises:
       TypeError: It is not a mapping.
-      ValueError: Sites are missing or unknown, or a site's state has another structure or other shapes.
+      ValueError: Sites are missing, or a site's state has another structure or other shapes. It may have more sites: a
+        call that does not reach them leaves them as they are.
     """
     if not isinstance(memory, collections.abc.Mapping):
         raise TypeError(
             f"memory must be what init_memory returned, a mapping by site name, got {type(memory).__name__}."
         )
-    expected = {site.name: site.abstract_state for site in sites if site.sparsifier is not None}
-    missing, unknown = sorted(expected.keys() - memory.keys()), sorted(memory.keys() - expected.keys())
-    if missing or unknown:
+    sparse = {site.name: site for site in sites if site.sparsifier is not None}
+    if missing := sorted(sparse.keys() - memory.keys()):
         raise ValueError(
-            "memory is not of this model and plan: "
-            f"it lacks the sites {missing or 'none'} and has the unknown sites {unknown or 'none'}. "
-            "Make it with init_memory of the same wrapped model."
+            f"memory is not of this model and plan: it lacks the sites {missing}, and has {sorted(memory) or 'none'}. "
+            "Make it with init_memory of the same wrapped model, from a call that reaches all that is trained."
         )
-    differences = [line for name, wanted in expected.items() for line in _differences(name, wanted, memory[name])]
+    differences = [
+        line
+        for name, site in sparse.items()
+        if not site.is_empty  # where there are no rows, a memory by row may be of any number of them
+        for line in _differences(name, site.abstract_state, memory[name])
+    ]
     if differences:
         raise ValueError(
             "\n  ".join(["memory is of other shapes than this model, plan and batch:", *differences])
@@ -154,7 +180,7 @@ def check_memory(memory: Any, sites: Sequence[Site]) -> None:
 
 def _differences(name: str, wanted: State, given: State) -> list[str]:
     """Say what differs between the state that a site needs and the one that it is given, a line each."""
-    given = unwrap(given)[0]
+    given = plain(given)
     structures: list[Any] = [jax.tree.structure(tree) for tree in (wanted, given)]
     if structures[0] != structures[1]:
         return [f"memory of site {name} has another structure: expected {structures[0]}, got {structures[1]}."]
@@ -185,7 +211,7 @@ def _site(name: str, found: Found, plan: Plan) -> Site:
         # Each device has a state of its own, whether or not they share the weight.
         sparsifier = sparsifier.per_shard
         loops = tuple(dataclasses.replace(loop, instances=loop.instances or loop.sharded) for loop in loops)
-    reason = found.sealed or reason or _why_dense(found, dims, sparsifier, plan)
+    reason = _why_no_gradient(found) or found.sealed or reason or _why_dense(found, dims, sparsifier, plan)
     return Site(
         name=name,
         found=found,
@@ -206,7 +232,15 @@ def _why_dense(found: Found, dims: Dims, sparsifier: Sparsifier | None, plan: Pl
         return f"{sparsifier.name} keeps all {dims.n} features"
     if dims.n < plan.min_features:
         return f"{dims.n} features, fewer than min_features={plan.min_features}"
-    return "it is empty" if dims.rows == 0 or dims.m == 0 else ""
+    return ""
+
+
+def _why_no_gradient(found: Found) -> str:
+    """Return why a contraction has no gradient that could be sparse, or ""."""
+    dtype = found.out.dtype
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return f"its result is {dtype}: features are chosen by real magnitudes"
+    return "" if jnp.issubdtype(dtype, jnp.floating) else f"its result is {dtype}, which has no gradient"
 
 
 def _operation(found: Found, side: Side) -> tuple[Operation | None, Dims, str]:

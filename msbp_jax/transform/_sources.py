@@ -22,11 +22,13 @@ class Source:
       parameters: Numbers of the parameter leaves it depends on.
       data: Whether it depends on an argument that is not a parameter.
       varies: The loops over whose iterations, or the mesh axes over whose devices, it is not constant.
+      moves: Whether it may depend on something that is differentiated.
     """
 
     parameters: frozenset[int] = frozenset()
     data: bool = False
     varies: frozenset[Loop] = frozenset()
+    moves: bool = False
 
     @property
     def is_weight(self) -> bool:
@@ -37,7 +39,12 @@ class Source:
         """Return the source of something made from both."""
         if other is self:
             return self
-        return Source(self.parameters | other.parameters, self.data or other.data, self.varies | other.varies)
+        return Source(
+            self.parameters | other.parameters,
+            self.data or other.data,
+            self.varies | other.varies,
+            self.moves or other.moves,
+        )
 
     def within(self, *loops: Loop) -> Source:
         """Return the source of what changes from one iteration of `loops` to the next."""
@@ -48,8 +55,13 @@ class Source:
         return dataclasses.replace(self, varies=self.varies - set(loops))
 
 
+    def stopped(self) -> Source:
+        """Return the source of something from which no gradient flows back."""
+        return dataclasses.replace(self, moves=False)
+
+
 CONSTANT = Source()
-DATA = Source(data=True)
+DATA = Source(data=True, moves=True)
 
 
 def union(sources: Iterable[Source]) -> Source:

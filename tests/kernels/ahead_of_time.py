@@ -95,9 +95,9 @@ def programs(platform, all_of_them):
         shape = jax.ShapeDtypeStruct
         p = msbp.Columns(shape((groups, group, k), dtype), shape((groups, k), jnp.int32), (rows, n))
         g, x = shape((rows, n), dtype), shape((rows, m), dtype)
-        select = lambda g, m, a=(0.8, k, group): kernels.select_with_memory(g, m, *a, **how)
+        select = lambda g, m, a=(k, group): kernels.select_with_memory(g, m, *a, **how)
         yield f"select_with_memory, {size}", select, (g, shape((n,), jnp.float32))
-        by_slot = lambda g, m, a=(0.8, k, group): kernels.select_with_memory(g, m, *a, **how)
+        by_slot = lambda g, m, a=(k, group): kernels.select_with_memory(g, m, *a, **how)
         if rows < 1000:
             yield f"select_with_memory by slot, {size}", by_slot, (g, shape((rows, n), jnp.float32))
             yield f"select, {size}", lambda g, a=(k, group): kernels.select(g, *a, **how), (g,)
@@ -123,7 +123,7 @@ def mapped(how):
     """Return a backward under vmap, as experts have it, and its shapes."""
 
     def backward(g, x, w, m):
-        p, m = kernels.select_with_memory(g, m, 0.8, 40, 32, **how)
+        p, m, _ = kernels.select_with_memory(g, m, 40, 32, **how)
         return kernels.grad_input(p, w, 1, **how), kernels.grad_weight(p, x, 1, **how), m
 
     shape = lambda *size: jax.ShapeDtypeStruct((3, *size), jnp.float32)
@@ -166,9 +166,9 @@ def on_four_chips(chip):
     split, whole = jax.sharding.PartitionSpec("d"), jax.sharding.PartitionSpec()
 
     def body(g, x, w, m):
-        p, m = kernels.select_with_memory(g, m, 0.8, 128, 128, backend="tpu")
+        p, m, _ = kernels.select_with_memory(g, m, 128, 128, backend="tpu")
         dx = kernels.grad_input(p, w, 1, backend="tpu")
-        return dx, jax.lax.psum(kernels.grad_weight(p, x, 1, backend="tpu"), "d"), jax.lax.pmean(m, "d")
+        return dx, jax.lax.psum(kernels.grad_weight(p, x, 1, backend="tpu"), "d"), jax.lax.psum(m, "d")
 
     specs = (split, split, whole, whole)
     function = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=(split, whole, whole), check_vma=True)

@@ -59,11 +59,17 @@ def test_every_instruction_set(number, dtype, rows, m, n, k, group):
     want = kernels.select(u, k, group, backend="xla")
     np.testing.assert_array_equal(p.index, np.sort(want.index, axis=1))
     memory = random_gradient(5, 1, n)[0]
-    *_, after = _native_calls.call(
-        "select_with_memory", [u, memory], [*results, ((n,), f32)], decay=0.5, by_slot=False, **select
-    )
-    _, want_after = kernels.select_with_memory(u, memory, 0.5, k, group, backend="xla")
-    np.testing.assert_allclose(after, want_after, rtol=1e-4, atol=1e-5)
+    u = u.at[1::3].set(0)  # rows that take no part
+    for remembered, by_slot in ((memory, False), (random_gradient(6, rows, n), True)):
+        left = [(remembered.shape, f32), ((rows, 1) if by_slot else (1,), f32)]
+        _, index, *got = _native_calls.call(
+            "select_with_memory", [u, remembered], [*results, *left], by_slot=by_slot, **select
+        )
+        want, *want_left = kernels.select_with_memory(u, remembered, k, group, backend="xla")
+        live = np.asarray(u).any(1).reshape(-1, group).any(1) if rows % group == 0 else np.ones(groups, bool)
+        np.testing.assert_array_equal(index[live], np.sort(want.index, axis=1)[live])
+        np.testing.assert_allclose(got[0], want_left[0], rtol=1e-4, atol=1e-5 * (1 if by_slot else rows))
+        np.testing.assert_array_equal(got[1], want_left[1])
     for axis in (0, 1):
         oriented = w if axis == 1 else w.T
         how = {"features_last": axis == 1, "instruction_set": number}
@@ -94,7 +100,7 @@ def test_transformations_keep_the_bits(group):
 @native
 def test_memory_under_vmap():
     g, memory = random_gradient(0, 24, 40).reshape(2, 12, 40), random_gradient(1, 2, 40)
-    call = lambda g, m: kernels.select_with_memory(g, m, 0.5, 5, 4, backend="native")
+    call = lambda g, m: kernels.select_with_memory(g, m, 5, 4, backend="native")
     got = jax.vmap(call)(g, memory)
     for i in range(2):
         want = call(g[i], memory[i])
@@ -140,9 +146,9 @@ def test_rows_sharded_under_jit_stay_where_they_are(group, by_slot):
 
     @jax.jit
     def step(u, x, w, memory):
-        p, after = kernels.select_with_memory(u, memory, 0.5, 7, group, backend="native")
+        p, after, live = kernels.select_with_memory(u, memory, 7, group, backend="native")
         dx, dw = kernels.grad_input(p, w, 1, backend="native"), kernels.grad_weight(p, x, 1, backend="native")
-        return dx, dw, after, kernels.select(u, 7, group, backend="native").values
+        return dx, dw, after, live, kernels.select(u, 7, group, backend="native").values
 
     placed = (u, rows), (x, rows), (w, whole), (memory, rows if by_slot else whole)
     spread = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in placed]
@@ -158,7 +164,7 @@ def test_blocks_of_rows_that_choose_for_themselves_need_nothing_from_one_another
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
     u, memory = random_gradient(0, 64, 80).reshape(8, 8, 80), random_gradient(3, 8, 80)
     spread = [jax.device_put(a, NamedSharding(mesh, PartitionSpec("rows"))) for a in (u, memory)]
-    step = jax.jit(jax.vmap(lambda u, m: kernels.select_with_memory(u, m, 0.5, 7, None, backend="native")))
+    step = jax.jit(jax.vmap(lambda u, m: kernels.select_with_memory(u, m, 7, None, backend="native")))
     for got, want in zip(jax.tree.leaves(step(*spread)), jax.tree.leaves(step(u, memory)), strict=True):
         np.testing.assert_array_equal(got, want)
     text = step.lower(*spread).compile().as_text()
@@ -174,7 +180,7 @@ from msbp_jax.testing import random_gradient
 digest = hashlib.sha256()
 for rows, m, n, k, group in ((300, 200, 700, 31, 1), (300, 200, 700, 31, 16), (300, 200, 700, 31, None)):
     u, x, w = random_gradient(0, rows, n), random_gradient(1, rows, m), random_gradient(2, m, n)
-    p, memory = kernels.select_with_memory(u, random_gradient(3, 1, n)[0], 0.5, k, group, backend="native")
+    p, *memory = kernels.select_with_memory(u, random_gradient(3, 1, n)[0], k, group, backend="native")
     out = kernels.grad_input(p, w, 1, backend="native"), kernels.grad_weight(p, x, 1, backend="native")
     for leaf in jax.tree.leaves((p, memory, out)):
         digest.update(np.asarray(leaf).tobytes())
@@ -244,14 +250,14 @@ def test_any_arguments_to_the_handlers_raise_or_run(data):
     number = st.integers(-2, 7)
     which = data.draw(st.sampled_from(["select", "select_with_memory", "grad_input", "grad_weight"]))
     operands = {"select": 1, "select_with_memory": 2}.get(which, 3)
-    results = {"select": 2, "select_with_memory": 3}.get(which, 1)
+    results = {"select": 2, "select_with_memory": 4}.get(which, 1)
     numbers = {"instruction_set": data.draw(st.integers(-1, 3))}
     if which.startswith("select"):
         numbers |= {"k": data.draw(number), "rows_per_group": data.draw(number)}
     else:
         numbers["features_last"] = data.draw(st.booleans())
     if which == "select_with_memory":
-        numbers |= {"decay": 0.5, "by_slot": data.draw(st.booleans())}
+        numbers["by_slot"] = data.draw(st.booleans())
     arrays = [jnp.ones(shape(), dtype()) for _ in range(operands)]
     message = ""
     try:
@@ -337,7 +343,7 @@ def test_bad_arguments_of_the_products(backend, call, error, message):
 def test_bad_arguments_of_select(backend, g, k, group, error, message):
     for call in (
         lambda: kernels.select.__wrapped__(g, k, group, backend=backend),
-        lambda: kernels.select_with_memory.__wrapped__(g, jnp.zeros(20), 0.5, k, group, backend=backend),
+        lambda: kernels.select_with_memory.__wrapped__(g, jnp.zeros(20), k, group, backend=backend),
     ):
         with pytest.raises(error, match=message):
             call()
@@ -345,9 +351,9 @@ def test_bad_arguments_of_select(backend, g, k, group, error, message):
 
 def test_bad_memory():
     with pytest.raises(ValueError, match=r"memory must have shape \(20,\) \(one for all rows\) or \(6, 20\)"):
-        kernels.select_with_memory(G, jnp.zeros(6), 0.5, 3, 1)
+        kernels.select_with_memory(G, jnp.zeros(6), 3, 1)
     with pytest.raises(TypeError, match="memory must be a floating-point array, got int32"):
-        kernels.select_with_memory.__wrapped__(G, jnp.zeros(20, int), 0.5, 3, 1)
+        kernels.select_with_memory.__wrapped__(G, jnp.zeros(20, int), 3, 1)
 
 
 @native

@@ -68,16 +68,19 @@ def body_of_the_test(op, platform, dtype, rows, m, n, k, group):
             assert mask.sum() == rows * k
         case "select_with_memory":
             for memory in (random_gradient(3, 1, n)[0], random_gradient(3, rows, n))[half:]:
-                arguments = memory, 0.7, k, group
-                found, after = ran(lambda g, a=arguments: kernels.select_with_memory(g, *a, backend=platform), g)
-                u = np.asarray(g, np.float32) + np.asarray(memory)
+                arguments = memory, k, group
+                idle = np.isin(np.arange(rows), [1, rows // 2, rows - 1])[:, None]
+                h = jnp.where(idle, jnp.zeros((), g.dtype), g)
+                found, *rest = ran(lambda g, a=arguments: kernels.select_with_memory(g, *a, backend=platform), h)
+                u = np.where(idle, 0, np.asarray(h, np.float32) + np.asarray(memory))
                 np.testing.assert_array_equal(found.index, kept_by_hand(u, k, group))
                 p = written_out(found)
                 np.testing.assert_array_equal(p, np.where(p != 0, np.asarray(jnp.asarray(u, dtype), np.float64), 0))
                 assert found.values.dtype == g.dtype
-                left = 0.7 * np.where(p != 0, 0, u.astype(np.float64))
-                want = left if memory.ndim == 2 else left.mean(0)
-                np.testing.assert_allclose(after, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+                left = np.where(p != 0, 0, u.astype(np.float64))
+                want = left if memory.ndim == 2 else left.sum(0)
+                np.testing.assert_allclose(rest[0], want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+                np.testing.assert_array_equal(rest[1], ~idle if memory.ndim == 2 else [(~idle).sum()])
         case "grad_input" | "grad_weight":
             number, product = (0, kernels.grad_input) if op == "grad_input" else (1, kernels.grad_weight)
             p = take_columns(g, kept_by_hand(g, k, group), group)
@@ -145,8 +148,8 @@ def test_bits_arrive_as_they_were(platform, alone):
 
 def backward(platform, group, u, x, w, memory):
     how = {"backend": platform}
-    p, after = kernels.select_with_memory(u, memory, 0.5, 7, group, **how)
-    return kernels.grad_input(p, w, 1, **how), kernels.grad_weight(p, x, 1, **how), after
+    p, left, _ = kernels.select_with_memory(u, memory, 7, group, **how)
+    return kernels.grad_input(p, w, 1, **how), kernels.grad_weight(p, x, 1, **how), left
 
 
 def arrays(copies=()):
@@ -197,7 +200,7 @@ def test_inside_shard_map_with_varying_axes_checked(platform):
 
     def body(*operands):
         dx, dw, after = backward(platform, 8, *operands)
-        return dx, jax.lax.psum(dw, "d"), jax.lax.pmean(after, "d")
+        return dx, jax.lax.psum(dw, "d"), jax.lax.psum(after, "d")
 
     specs = {"in_specs": (split, split, whole, whole), "out_specs": (split, whole, whole)}
     operands = arrays()

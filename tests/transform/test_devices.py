@@ -66,12 +66,12 @@ WHOLE_BATCH = msbp.top_k(k=7, rows_per_group=None)
 @pytest.mark.parametrize(
     ("sparsifier", "extra"),
     [
-        # What the sparse backward adds: a mean of the memory for each of two sites; where the whole batch makes one
-        # choice, a sum of its scores as well; nothing where each shard keeps its own memory.
+        # What the sparse backward adds: a mean of the memory for each of two sites, a sum and a number of rows; where the
+        # whole batch makes one choice, a sum of its scores as well; nothing where each shard keeps its own memory.
         (TOP, []),
-        (msbp.memorized(TOP, 0.8), [("all-reduce", N)] * 2),
-        (msbp.memorized(msbp.top_k(k=7), 0.8), [("all-reduce", N)] * 2),
-        (msbp.memorized(WHOLE_BATCH, 0.8), [("all-reduce", N)] * 4),
+        (msbp.memorized(TOP, 0.8), [("all-reduce", N), ("all-reduce", 1)] * 2),
+        (msbp.memorized(msbp.top_k(k=7), 0.8), [("all-reduce", N), ("all-reduce", 1)] * 2),
+        (msbp.memorized(WHOLE_BATCH, 0.8), [("all-reduce", N), ("all-reduce", 1), ("all-reduce", N)] * 2),
         (msbp.memorized(WHOLE_BATCH, 0.8, reduce="local", shards=4), []),
         (msbp.memorized(TOP, 0.8, reduce="local", shards=4), []),
     ],
@@ -144,7 +144,8 @@ def test_shard_map_adds_a_mean_of_the_memory_or_nothing():
         extra = collectives(compiled)
         for collective in dense:
             extra.remove(collective)
-        assert extra == ([("all-reduce", N // 2), ("all-reduce", N)] if reduce == "mean" else [])
+        numbers = [("all-reduce", 1)] * 2  # of rows; inside a shard_map XLA may have them whole, [n]
+        assert extra == ([*numbers, ("all-reduce", N // 2), ("all-reduce", N)] if reduce == "mean" else [])
 
 
 def test_shards_of_a_weight_choose_and_remember_each_for_itself():

@@ -48,7 +48,7 @@ def test_a_pattern_that_matches_nothing():
 
 def test_bad_parameters():
     g = msbp.sparse_vjp(lambda p, x: x @ p["w"], S)
-    with pytest.raises(TypeError, match=r"Parameter w has dtype int32, expected a floating dtype.*outside params"):
+    with pytest.raises(ValueError, match=r"None of the parameters can be differentiated: .* got int32"):
         g.init_memory({"w": jnp.ones((8, 64), int)}, X)
     with pytest.raises(TypeError, match=r"Parameter w must be an array, got 'x'. Move it out of params"):
         g.init_memory({"w": "x"}, X)
@@ -63,11 +63,9 @@ def test_memory_of_something_else():
     memory = g.init_memory(W, X)
     with pytest.raises(TypeError, match=r"memory must be what init_memory returned.* got list"):
         g(W, X, memory=[1])
-    with pytest.raises(
-        ValueError, match=r"lacks the sites \['params'\] and has the unknown sites \['other'\].*init_memory"
-    ):
+    with pytest.raises(ValueError, match=r"lacks the sites \['params'\], and has \['other'\]\..*init_memory"):
         g(W, X, memory={"other": memory["params"]})
-    with pytest.raises(ValueError, match=r"lacks the sites \['params'\] and has the unknown sites none"):
+    with pytest.raises(ValueError, match=r"lacks the sites \['params'\], and has none"):
         g(W, X, memory={})
     with pytest.raises(ValueError, match=r"site params has shape \(70,\) .* expected \(64,\)"):
         g(W, X, memory=msbp.sparse_vjp(f, S).init_memory(jnp.ones((8, 70)), X))

@@ -15,6 +15,8 @@ SPARSE = msbp.memorized(msbp.top_k(k=K, rows_per_group=GROUP), decay=DECAY)
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (3, 4, 6))  # batch, time, features
 IMAGES = jax.random.normal(KEY, (2, 5, 5, 3))
+# With a carry of zeros a gate's gradient is exactly 0 in the first step, and its rows take no part in the memory.
+ONES = nn.initializers.ones
 TOKENS = jnp.arange(12).reshape(3, 4) % 11
 
 
@@ -57,9 +59,9 @@ LINEN = {
     "Einsum": (nn.Einsum((6, 2, 4), "btd,dhk->bthk"), X, 1),
     "Embed.attend, tied": (LinenTied(), TOKENS, 1),
     "MultiHeadDotProductAttention": (nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8), X, 1),
-    "RNN(LSTMCell)": (nn.RNN(nn.LSTMCell(7)), X, 4),
-    "RNN(OptimizedLSTMCell)": (nn.RNN(nn.OptimizedLSTMCell(7)), X, 4),
-    "RNN(GRUCell)": (nn.RNN(nn.GRUCell(7)), X, 4),
+    "RNN(LSTMCell)": (nn.RNN(nn.LSTMCell(7, carry_init=ONES)), X, 4),
+    "RNN(OptimizedLSTMCell)": (nn.RNN(nn.OptimizedLSTMCell(7, carry_init=ONES)), X, 4),
+    "RNN(GRUCell)": (nn.RNN(nn.GRUCell(7, carry_init=ONES)), X, 4),
     "Bidirectional": (nn.Bidirectional(nn.RNN(nn.SimpleCell(7)), nn.RNN(nn.SimpleCell(7))), X, 4),
     "Conv": (nn.Conv(8, (3, 3), strides=2), IMAGES, 1),
     "ConvTranspose": (nn.ConvTranspose(8, (2, 2), strides=(2, 2)), IMAGES, 1),
@@ -103,14 +105,23 @@ class NnxAttention(nnx.Module):
         return self.attention(x)
 
 
+class NnxRecurrent(nnx.Module):
+    def __init__(self, cell):
+        self.rnn = nnx.RNN(cell)
+
+    def __call__(self, x):
+        ones = jax.tree.map(jnp.ones_like, self.rnn.cell.initialize_carry((len(x), 6), nnx.Rngs(0)))
+        return self.rnn(x, initial_carry=ones)
+
+
 NNX = {
     "Linear": (lambda r: nnx.Linear(6, 7, rngs=r), X, 1),
     "LinearGeneral": (lambda r: nnx.LinearGeneral((4, 6), (2, 4), axis=(-2, -1), rngs=r), X, 1),
     "Einsum": (lambda r: nnx.Einsum("btd,dhk->bthk", (6, 2, 4), rngs=r), X, 1),
     "Embed.attend, tied": (NnxTied, TOKENS, 1),
     "MultiHeadAttention": (NnxAttention, X, 1),
-    "RNN(LSTMCell)": (lambda r: nnx.RNN(nnx.LSTMCell(6, 7, rngs=r)), X, 4),
-    "RNN(GRUCell)": (lambda r: nnx.RNN(nnx.GRUCell(6, 7, rngs=r)), X, 4),
+    "RNN(LSTMCell)": (lambda r: NnxRecurrent(nnx.LSTMCell(6, 7, rngs=r)), X, 4),
+    "RNN(GRUCell)": (lambda r: NnxRecurrent(nnx.GRUCell(6, 7, rngs=r)), X, 4),
     "LoRALinear": (lambda r: nnx.LoRALinear(6, 8, lora_rank=6, rngs=r), X, 1),
     "Conv": (lambda r: nnx.Conv(3, 8, (3, 3), strides=2, rngs=r), IMAGES, 1),
     "ConvTranspose": (lambda r: nnx.ConvTranspose(3, 8, (2, 2), strides=(2, 2), rngs=r), IMAGES, 1),

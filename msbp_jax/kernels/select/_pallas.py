@@ -13,12 +13,13 @@ from msbp_jax.formats import Columns
 from msbp_jax.kernels import _pallas
 from msbp_jax.kernels._column_sums import column_sums
 from msbp_jax.kernels._partition import Call, Shapes
+from msbp_jax.kernels._residual import Remembered
 from msbp_jax.kernels.select import xla
 
 # (g, m, scores, k, r) -> values, index: the entries of u = g + m in the k columns with the largest scores of each
-# group of r rows, and which columns these are, in order. g[rows, n] is float32 or bfloat16; m is None or float32,
-# [n] or [rows, n]; scores[G, n] are not negative.
-type KeptColumns = Callable[[jax.Array, jax.Array | None, jax.Array, int, int], tuple[jax.Array, jax.Array]]
+# group of r rows, and which columns these are, in order. g[rows, n] is float32 or bfloat16; m is None, or a memory and
+# which rows it is added to; scores[G, n] are not negative.
+type KeptColumns = Callable[[jax.Array, Remembered | None, jax.Array, int, int], tuple[jax.Array, jax.Array]]
 
 
 def select(

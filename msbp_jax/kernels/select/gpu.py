@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from msbp_jax._compat import pallas
 from msbp_jax.formats import Columns
 from msbp_jax.kernels import _pallas
+from msbp_jax.kernels._residual import Remembered
 from msbp_jax.kernels.select import _pallas as _pallas_frame
 
 _SCORES, _ROWS, _KEPT = 4096, 32, 64  # sizes of tiles
@@ -31,11 +32,11 @@ def select(cotangent: Float[Array, "rows n"], k: int, rows_per_group: int | None
 
 
 def kept_columns(
-    g: Float[Array, "rows n"], memory: Float[Array, ...] | None, scores: Float[Array, "G n"], k: int, r: int
+    g: Float[Array, "rows n"], remembered: Remembered | None, scores: Float[Array, "G n"], k: int, r: int
 ) -> tuple[Float[Array, "G r k"], Int[Array, "G k"]]:
     """Return the entries of `u = g + m` in the best columns, and which these are; see `KeptColumns`."""
     index = _best(scores, k)
-    return _entries(g, memory, index, r), index
+    return _entries(g, remembered, index, r), index
 
 
 def _best(scores: Float[Array, "G n"], k: int) -> Int[Array, "G k"]:
@@ -88,7 +89,7 @@ def _best(scores: Float[Array, "G n"], k: int) -> Int[Array, "G k"]:
 
 
 def _entries(
-    g: Float[Array, "rows n"], memory: Float[Array, ...] | None, index: Int[Array, "G k"], r: int
+    g: Float[Array, "rows n"], remembered: Remembered | None, index: Int[Array, "G k"], r: int
 ) -> Float[Array, "G r k"]:
     """Return the entries of `u = g + m` in the columns that `index` names."""
     rows = g.shape[0]
@@ -98,15 +99,17 @@ def _entries(
     down, across = -(-r // height), index.shape[1] // width
 
     def body(index_ref: Any, g_ref: Any, *refs: Any) -> None:
-        *memory_ref, values_ref = refs
+        *remembered_refs, values_ref = refs
         group, i, j = (pallas.program_id(axis) for axis in range(3))
         at, kept = pallas.ds(i * height, height), pallas.ds(j * width, width)
         columns = index_ref[group, kept][None, :]
         place = group * r + i * height + lax.broadcasted_iota(jnp.int32, (height, 1), 0)
         row = jnp.minimum(place, rows - 1)
         u = g_ref[row, columns].astype(jnp.float32)
-        if memory is not None:
-            u += memory_ref[0][row, columns] if memory.ndim == 2 else memory_ref[0][columns]
+        if remembered_refs:
+            memory_ref, live_ref = remembered_refs
+            memory = memory_ref[row, columns] if len(memory_ref.shape) == 2 else memory_ref[columns]
+            u = jnp.where(live_ref[row] > 0, u + memory, jnp.zeros((), u.dtype))
         values_ref[group, at, kept] = jnp.where(place < rows, u, jnp.zeros((), u.dtype)).astype(values_ref.dtype)
 
     kernel = _pallas.Kernel(
@@ -117,4 +120,5 @@ def _entries(
         grid=(groups, down, across),
         params=_pallas.triton_params(warps=4, stages=1),
     )
-    return kernel(index, g, *([] if memory is None else [memory]))[0][:, :r, :k]
+    parts = [] if remembered is None else [remembered.memory, remembered.live[:, 0].astype(jnp.int32)]
+    return kernel(index, g, *parts)[0][:, :r, :k]

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from msbp_jax._compat import pallas, pallas_tpu
 from msbp_jax.formats import Columns, group_rows
 from msbp_jax.kernels import _pallas
+from msbp_jax.kernels._residual import Remembered
 from msbp_jax.kernels.select import _pallas as _pallas_frame
 
 _LANES = 128
@@ -33,13 +33,13 @@ def select(cotangent: Float[Array, "rows n"], k: int, rows_per_group: int | None
 
 
 def kept_columns(
-    g: Float[Array, "rows n"], memory: Float[Array, ...] | None, scores: Float[Array, "G n"], k: int, r: int
+    g: Float[Array, "rows n"], remembered: Remembered | None, scores: Float[Array, "G n"], k: int, r: int
 ) -> tuple[Float[Array, "G r k"], Int[Array, "G k"]]:
     """Return the entries of `u = g + m` in the best columns, and which these are; see `KeptColumns`."""
     groups, n = scores.shape
     place = _places(jnp.pad(scores, ((0, 0), (0, -n % _LANES)), constant_values=-1), k)
     kept = (place >= 0).reshape(groups, -1, _LANES).sum(axis=2, dtype=jnp.int32)
-    return _moved(g, memory, place, jnp.cumsum(kept, axis=1) - kept, k, r)
+    return _moved(g, remembered, place, jnp.cumsum(kept, axis=1) - kept, k, r)
 
 
 def _places(scores: Float[Array, "G n"], k: int) -> Int[Array, "G n"]:
@@ -87,7 +87,7 @@ def _places(scores: Float[Array, "G n"], k: int) -> Int[Array, "G n"]:
 
 def _moved(
     g: Float[Array, "rows n"],
-    memory: Float[Array, ...] | None,
+    remembered: Remembered | None,
     place: Int[Array, "G n_padded"],
     before: Int[Array, "G tiles"],
     k: int,
@@ -95,22 +95,23 @@ def _moved(
 ) -> tuple[Float[Array, "G r k"], Int[Array, "G k"]]:
     """Return the entries of the kept columns at their places, and the number of the column at each place."""
     groups, n = place.shape
-    rows = g.shape[0]
     at_once = _pallas.tile_of(r, max(16, _BLOCK_BYTES // (64 * n) * 16), 16)
     tiles = -(-r // at_once)
     blocks, specs = [_pallas.padded(group_rows(g, r), 1, at_once, _LANES)], [pallas.BlockSpec((1, at_once, n), _rows)]
-    if memory is not None and memory.ndim == 2:
-        blocks.append(_pallas.padded(group_rows(memory, r), 1, at_once, _LANES))
-        specs.append(specs[0])
-    elif memory is not None:
-        blocks.append(_pallas.padded(memory[None, None], 1, 1, _LANES))
-        specs.append(pallas.BlockSpec((1, 1, n), lambda g, t: (0, 0, 0)))
+    if remembered is not None:
+        memory, live = remembered
+        blocks.append(_pallas.padded(group_rows(live, r).astype(jnp.int32), 1, at_once, 1))
+        specs.append(pallas.BlockSpec((1, at_once, 1), _rows))
+        if memory.ndim == 2:
+            blocks.append(_pallas.padded(group_rows(memory, r), 1, at_once, _LANES))
+            specs.append(specs[0])
+        else:
+            blocks.append(_pallas.padded(memory[None, None], 1, 1, _LANES))
+            specs.append(pallas.BlockSpec((1, 1, n), lambda g, t: (0, 0, 0)))
     planes = range(4 if g.dtype == jnp.float32 else 2)
 
     def body(*refs: Any) -> None:
-        before_ref, place_ref, *u_refs, values_ref, index_ref, moved_ref, number_ref = refs
-        group, at = pallas.program_id(0), pallas.program_id(1) * at_once
-        there = (group * r + at + _iota((at_once, _LANES), 0)) < rows
+        before_ref, place_ref, g_ref, *remembered_refs, values_ref, index_ref, moved_ref, number_ref = refs
         moved_ref[...] = jnp.zeros_like(moved_ref)
         number_ref[...] = jnp.zeros_like(number_ref)
 
@@ -126,9 +127,10 @@ def _moved(
                 over = (((1,), (1,)), ((), ()))
                 return lax.dot_general(ones, target, over, preferred_element_type=jnp.float32).astype(jnp.int32)
 
-            u = functools.reduce(jnp.add, [ref[0, :, lanes].astype(jnp.float32) for ref in u_refs])
-            if memory is not None and rows % r:
-                u = jnp.where(there, u, jnp.zeros((), u.dtype))
+            u = g_ref[0, :, lanes].astype(jnp.float32)
+            if remembered_refs:  # rows that fill up the last group are not live
+                live_ref, memory_ref = remembered_refs
+                u = jnp.where(live_ref[0] > 0, u + memory_ref[0, :, lanes], jnp.zeros((), u.dtype))
             bits = _bits(u.astype(g.dtype).astype(jnp.float32))
             for shift in (24 - 8 * plane for plane in planes):
                 byte = lax.shift_right_logical(bits, jnp.int32(shift)) & 255

@@ -1,4 +1,4 @@
-"""What the Pallas backends share: the sums that give the scores give the new memory, too, in the same pass over g."""
+"""What the Pallas backends share: the sums that give the scores give what is left, too, in the same pass over g."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from jaxtyping import Array, Float
 
 from msbp_jax.formats import Columns
 from msbp_jax.kernels import _pallas
-from msbp_jax.kernels._column_sums import column_sums, mean_left
+from msbp_jax.kernels._column_sums import column_sums, sum_left
 from msbp_jax.kernels._partition import Call, Shapes
-from msbp_jax.kernels._residual import add_memory, carried_on
+from msbp_jax.kernels._residual import Remembered, add_memory, left_of, takes_part
 from msbp_jax.kernels.select._pallas import KeptColumns
 from msbp_jax.kernels.select_with_memory import xla
 
@@ -22,10 +22,9 @@ def select_and_remember(
     kept_columns: KeptColumns,
     cotangent: Float[Array, "rows n"],
     memory: Float[Array, ...],
-    decay: float,
     k: int,
     rows_per_group: int | None,
-) -> tuple[Columns, Float[Array, ...]]:
+) -> tuple[Columns, Float[Array, ...], Float[Array, ...]]:
     """Run `select_with_memory` with a platform's kernels, `(g, m, scores, k, r) -> values, index`."""
     _pallas.check(platform, cotangent.dtype)
     rows, n = cotangent.shape
@@ -37,22 +36,25 @@ def select_and_remember(
 
         def call(g: jax.Array, memory: jax.Array) -> tuple[jax.Array, ...]:
             here = min(r, g.shape[0])
-            scores, sums = column_sums(g, memory, here)
-            values, index = kept_columns(g, memory, scores, k, here)
+            live = takes_part(g)
+            scores, sums = column_sums(g, Remembered(memory, live), here)
+            values, index = kept_columns(g, Remembered(memory, live), scores, k, here)
             if not by_slot:
-                return values, index, mean_left(sums, index, decay, g.shape[0])
+                return values, index, sum_left(sums, index), live.astype(jnp.float32).sum(axis=0)
             p = Columns(values, index, (g.shape[0], n))
-            return values, index, carried_on(add_memory(g, memory), p, decay, by_slot=True)
+            return values, index, *left_of(add_memory(g, memory, live), p, live, by_slot=True)
 
         return call
 
     groups = -(-rows // r)
-    values, index, left = _pallas.run(
+    kept = [((groups, r, k), cotangent.dtype), ((groups, k), jnp.int32)]
+    left = [(memory.shape, jnp.float32), ((rows, 1) if by_slot else (1,), jnp.float32)]
+    values, index, *rest = _pallas.run(
         "select_with_memory",
         function,
         [cotangent, memory.astype(jnp.float32)],
-        [((groups, r, k), cotangent.dtype), ((groups, k), jnp.int32), (memory.shape, jnp.float32)],
+        [*kept, *left],
         ("select_with_memory by slot" if by_slot else "select_with_memory", rows, r),
-        functools.partial(xla.together, k, decay),
+        functools.partial(xla.together, k),
     )
-    return Columns(values, index, (rows, n)), left
+    return Columns(values, index, (rows, n)), rest[0], rest[1]

@@ -13,23 +13,24 @@ from msbp_jax.kernels.select_with_memory import xla
 
 
 def select_with_memory(
-    cotangent: Float[Array, "rows n"], memory: Float[Array, ...], decay: float, k: int, rows_per_group: int | None
-) -> tuple[Columns, Float[Array, ...]]:
+    cotangent: Float[Array, "rows n"], memory: Float[Array, ...], k: int, rows_per_group: int | None
+) -> tuple[Columns, Float[Array, ...], Float[Array, ...]]:
     """See `msbp_jax.kernels.select_with_memory`."""
     _native_calls.check(cotangent, memory)
     rows, n = cotangent.shape
     r = min(rows_per_group or rows, rows)
     groups = -(-rows // r)
-    results = [((groups, r, k), cotangent.dtype), ((groups, k), jnp.int32), (memory.shape, jnp.float32)]
-    values, index, new_memory = _native_calls.call(
+    by_slot = memory.ndim == 2
+    kept = [((groups, r, k), cotangent.dtype), ((groups, k), jnp.int32)]
+    left = [(memory.shape, jnp.float32), ((rows, 1) if by_slot else (1,), jnp.float32)]
+    values, index, *rest = _native_calls.call(
         "select_with_memory",
         [cotangent, memory.astype(jnp.float32)],
-        results,
-        split=("select_with_memory by slot" if memory.ndim == 2 else "select_with_memory", rows, r),
-        choose_together=functools.partial(xla.together, k, decay),
+        [*kept, *left],
+        split=("select_with_memory by slot" if by_slot else "select_with_memory", rows, r),
+        choose_together=functools.partial(xla.together, k),
         k=k,
         rows_per_group=r,
-        decay=float(decay),
-        by_slot=memory.ndim == 2,
+        by_slot=by_slot,
     )
-    return Columns(values, index, (rows, n)), new_memory
+    return Columns(values, index, (rows, n)), rest[0], rest[1]

@@ -10,7 +10,7 @@ from msbp_jax.kernels.select_with_memory._pallas import select_and_remember
 
 
 def select_with_memory(
-    cotangent: Float[Array, "rows n"], memory: Float[Array, ...], decay: float, k: int, rows_per_group: int | None
-) -> tuple[Columns, Float[Array, ...]]:
+    cotangent: Float[Array, "rows n"], memory: Float[Array, ...], k: int, rows_per_group: int | None
+) -> tuple[Columns, Float[Array, ...], Float[Array, ...]]:
     """See `msbp_jax.kernels.select_with_memory`."""
-    return select_and_remember("tpu", kept_columns, cotangent, memory, decay, k, rows_per_group)
+    return select_and_remember("tpu", kept_columns, cotangent, memory, k, rows_per_group)
