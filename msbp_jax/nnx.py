@@ -1,15 +1,25 @@
-"""Training of NNX models: gradients out, and the memory updated where it lives, in `msbp.Memory` Variables."""
+"""Training of NNX models: gradients out, and the memory updated where it lives, in `msbp.Memory` Variables.
+
+It is `nnx.value_and_grad` with the carriers of the memory (`rules/_way_back.py`) as further Variables to differentiate: so
+whatever a loss writes to its arguments arrives as it does there, and what NNX refuses is refused.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
 
 from msbp_jax import training
+from msbp_jax.kernels._schedule import all_at_once
+from msbp_jax.rules import Passage
 from msbp_jax.training._microbatches import Step, check_microbatches, in_microbatches
-from msbp_jax.transform import Memory
+from msbp_jax.training._value_and_grad import check_loss, check_result
+from msbp_jax.transform import Memory, SparseNNXModule
+from msbp_jax.transform._nnx import Carrier
 
 
 def value_and_grad(
@@ -21,17 +31,18 @@ def value_and_grad(
       loss_fn: `loss_fn(model, *args, **kwargs)`, returning a real scalar, or `(scalar, aux)` with `has_aux`. The model
         is, or holds, one or several that `sparse_vjp` made.
       has_aux: Whether `loss_fn` returns something besides the loss.
-      microbatches: As for `msbp.value_and_grad`.
+      microbatches: As for `msbp.value_and_grad`. Graph nodes among the arguments, such as an `nnx.Rngs`, go from one
+        part to the next as the model does.
       wrt: An NNX filter: which Variables to differentiate. Of the others no gradient is computed.
 
     Returns:
       A function of the same arguments that returns `(loss, grads)`, or `((loss, aux), grads)`, like
       `nnx.value_and_grad`: `nnx.Optimizer.update(model, grads)` takes `grads`. The model's `msbp.Memory` takes on its
-      new value, and other Variables change as the loss changes them. Call it inside `nnx.jit`.
+      new value, and whatever else the loss writes to the model or its arguments arrives there. Call it inside `nnx.jit`.
 
     Raises:
       TypeError: The loss is not a real scalar.
-      ValueError: No Variable is differentiated, or the loss calls no wrapped model.
+      ValueError: No Variable is differentiated, or no wrapped model in the first argument has a memory.
 
     Example:
       >>> import jax.numpy as jnp, optax, msbp_jax as msbp
@@ -45,16 +56,50 @@ def value_and_grad(
     """
     count = check_microbatches(microbatches)
 
+    @functools.wraps(loss_fn)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        result = loss_fn(*args, **kwargs)
+        check_result(result, has_aux)
+        check_loss(result[0] if has_aux else result)
+        return result
+
+    differentiated = nnx.DiffState(0, _and_carriers(wrt))
+    plain = nnx.value_and_grad(checked, argnums=differentiated, has_aux=has_aux)
+
+    def whole(model: Any, *args: Any, **kwargs: Any) -> Any:
+        passages = _opened(model, wrt)
+        try:
+            result, grads = plain(model, *args, **kwargs)
+        except BaseException:
+            _closed(passages, None)
+            raise
+        returned, own = nnx.filter_state(grads, Carrier, ...)
+        own, returned = all_at_once((own, returned))
+        _closed(passages, dict(_by_module(model, returned)))
+        return result, own
+
     def wrapped(model: Any, *args: Any, **kwargs: Any) -> Any:
-        pure, params, memory, rest = _pure(loss_fn, has_aux, wrt, model)
+        if count is None:
+            return whole(model, *args, **kwargs)
+        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_node)
+        objects = (model, [leaf for leaf in leaves if _is_node(leaf)])
+        is_node = [_is_node(leaf) for leaf in leaves]
+        graphdef, state = nnx.split(objects)
 
-        def step(params: Any, memory: Any, rest: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
-            result = training.value_and_grad(pure, has_aux=True)(params, memory, rest, *args, **kwargs)
-            (value, (aux, rest)), grads, memory = result
-            return Step(value, aux, grads, memory, rest)
+        def step(params: Any, memory: Any, state: Any, arrays: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
+            del params, memory, kwargs
+            own, nodes = nnx.merge(graphdef, state, copy=True)
+            remaining = iter(nodes)
+            filled = [next(remaining) if yes else leaf for leaf, yes in zip(arrays, is_node, strict=True)]
+            part_args, part_kwargs = jax.tree.unflatten(structure, filled)
+            result, grads = whole(own, *part_args, **part_kwargs)
+            value, aux = result if has_aux else (result, None)
+            return Step(value, aux, grads, None, nnx.state((own, nodes)))
 
-        done = in_microbatches(step, count, params, memory, rest, args, kwargs)
-        nnx.update(model, done.memory, done.carried)
+        params = nnx.state(model, wrt)
+        arrays = tuple(None if yes else leaf for leaf, yes in zip(leaves, is_node, strict=True))
+        done = in_microbatches(step, count, params, None, state, arrays, {})
+        nnx.update(objects, done.carried)
         return ((done.value, done.aux) if has_aux else done.value), done.grads
 
     return wrapped
@@ -83,22 +128,74 @@ def diagnose(loss_fn: Callable[..., Any], *, has_aux: bool = False, wrt: Any = n
     """
 
     def wrapped(model: Any, *args: Any, **kwargs: Any) -> training.Diagnosis:
-        pure, params, memory, rest = _pure(loss_fn, has_aux, wrt, model)
-        return training.diagnose(pure, has_aux=True)(params, memory, rest, *args, **kwargs)
+        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_node)
+        is_node = [_is_node(leaf) for leaf in leaves]
+        nodes = [leaf for leaf in leaves if _is_node(leaf)]
+        own = lambda path, value: path[0] == 0 and nnx.filterlib.to_predicate(_without_memory(wrt))(path, value)
+        graphdef, params, memory, rest = nnx.split((model, nodes), own, Memory, ...)
+
+        def pure(params: Any, memory: Any) -> Any:
+            copy, copies = nnx.merge(graphdef, params, memory, rest, copy=True)
+            remaining = iter(copies)
+            filled = [next(remaining) if yes else leaf for leaf, yes in zip(leaves, is_node, strict=True)]
+            args, kwargs = jax.tree.unflatten(structure, filled)
+            return loss_fn(copy, *args, **kwargs)
+
+        return training.diagnose(pure, has_aux=has_aux)(params, memory)
 
     return wrapped
 
 
-def _pure(loss_fn: Callable[..., Any], has_aux: bool, wrt: Any, model: Any) -> tuple[Callable[..., Any], Any, Any, Any]:
-    """Return the loss as a pure function `(params, memory, rest, *args)`, and these parts of the model."""
-    graphdef, *states = nnx.split(model, wrt, Memory, ...)
-    params, memory, rest = states
-    others = nnx.Not(nnx.Any(wrt, Memory))
+def _opened(model: Any, wrt: Any) -> list[tuple[SparseNNXModule, dict[str, Passage]]]:
+    """Give every wrapped model its carriers."""
+    if not jax.tree.leaves(nnx.state(model, _without_memory(wrt))):
+        raise ValueError(f"No Variable of the first argument is of the kind wrt={wrt!r}, so there is no gradient to return.")
+    wrapped = [node for _, node in nnx.iter_graph(model) if isinstance(node, SparseNNXModule)]
+    passages = []
+    for module in wrapped:
+        if module.memory is None:
+            continue
+        own = {name: Passage(variable.get_value(), name=name) for name, variable in module.memory.items()}
+        for name, passage in own.items():
+            module.memory[name].set_value(passage.keys_now)
+        if own:
+            module.carriers = nnx.data({name: Carrier(passage.carriers) for name, passage in own.items()})
+        passages.append((module, own))
+    if not passages:
+        raise ValueError(
+            "The first argument of loss_fn holds no model with a memory, so that the backward would be dense. Wrap the "
+            "model with msbp.sparse_vjp and call model.init_memory(*arguments) first; or use nnx.value_and_grad."
+        )
+    return passages
 
-    def pure(params: Any, memory: Any, rest: Any, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Any, Any]]:
-        own = nnx.merge(graphdef, params, memory, rest, copy=True)
-        result = loss_fn(own, *args, **kwargs)
-        value, aux = result if has_aux else (result, None)
-        return value, (aux, nnx.state(own, others))
 
-    return pure, params, memory, rest
+def _closed(passages: list[tuple[SparseNNXModule, dict[str, Passage]]], returned: dict[int, Any] | None) -> None:
+    """Take the carriers away, and let every memory take on its new value, or the old one if nothing was returned."""
+    for module, own in passages:
+        module.carriers = nnx.data(None)
+        assert module.memory is not None
+        for name, passage in own.items():
+            new = passage.memory if returned is None else passage.collected(returned[id(module)][name])
+            module.memory[name].set_value(new)
+
+
+def _by_module(model: Any, returned: Any) -> Any:
+    """Yield the identity of each wrapped model with the cotangents of its carriers, by site."""
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, SparseNNXModule) and node.carriers is not None:
+            found = returned
+            for part in (*path, "carriers"):
+                found = found[part]
+            yield id(node), {name: found[name].get_value() for name in node.carriers}
+
+
+def _without_memory(wrt: Any) -> Any:
+    return nnx.All(wrt, nnx.Not(Memory))
+
+
+def _and_carriers(wrt: Any) -> Any:
+    return nnx.Any(_without_memory(wrt), Carrier)
+
+
+def _is_node(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Pytree | nnx.Variable)

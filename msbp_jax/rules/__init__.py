@@ -14,7 +14,9 @@ from msbp_jax.rules._observe import Observer as Observer
 from msbp_jax.rules._observe import branches_of as branches_of
 from msbp_jax.rules._rule import Rule as Rule
 from msbp_jax.rules._way_back import Carriers as Carriers
+from msbp_jax.rules._way_back import Marked as Marked
 from msbp_jax.rules._way_back import Passage as Passage
+from msbp_jax.rules._way_back import is_marked as is_marked
 from msbp_jax.rules._way_back import narrowed as narrowed
 from msbp_jax.rules._way_back import plain as plain
 from msbp_jax.rules._way_back import unwrap as unwrap

@@ -74,6 +74,13 @@ class Marked:
         self.carriers = carriers
         self.aside = aside
 
+    @classmethod
+    def tree(cls, memory: Any, carriers: Sequence[Carriers]) -> Any:
+        """Return a memory with its leaves and empty states marked, where nobody watches whether it is used."""
+        leaves, structure = jax.tree.flatten(memory, is_leaf=_is_empty)
+        aside = _Aside(None, Witness())
+        return jax.tree.unflatten(structure, [cls(*pair, aside) for pair in zip(leaves, carriers, strict=True)])
+
     def __jax_array__(self) -> jax.Array:
         return self.value
 
@@ -127,20 +134,34 @@ def plain(tree: Any) -> Any:
     return jax.tree.map(lambda node: node.value if isinstance(node, Marked) else node, tree, is_leaf=_is_marked)
 
 
+def is_marked(tree: Any) -> bool:
+    """Whether a pytree has marked leaves."""
+    return any(isinstance(node, Marked) for node in jax.tree.leaves(tree, is_leaf=_is_marked))
+
+
 class Passage:
     """The passage of one memory through one differentiation.
 
     Args:
       memory: Any pytree of states. Marks of an outer differentiation are taken off.
       observer: Who looks at what the rules do; None in training.
+      name: What tells its keys from those of other memories of the same loss.
     """
 
-    def __init__(self, memory: Any, observer: Observer | None = None) -> None:
-        keyed, self._structure = jax.tree_util.tree_flatten_with_path(plain(memory), is_leaf=_is_empty)
+    def __init__(self, memory: Any, observer: Observer | None = None, name: str = "") -> None:
+        self.memory = plain(memory)
+        keyed, self._structure = jax.tree_util.tree_flatten_with_path(self.memory, is_leaf=_is_empty)
         self._leaves = [leaf if _is_empty(leaf) else jnp.asarray(leaf) for _, leaf in keyed]
-        self._series = [_next_keys(leaf, path_name(path)) for (path, _), leaf in zip(keyed, self._leaves, strict=True)]
+        names = [f"{name}/{path_name(path)}" for path, _ in keyed]
+        self._series = [_next_keys(*pair) for pair in zip(self._leaves, names, strict=True)]
         self._aside = _Aside(observer, Witness())
         self.carriers: list[Carriers] = [() if _is_empty(leaf) else _carriers(leaf) for leaf in self._leaves]
+
+    @property
+    def keys_now(self) -> Any:
+        """The memory with the keys that the uses of this step draw with."""
+        leaves = zip(self._leaves, self._series, strict=True)
+        return jax.tree.unflatten(self._structure, [leaf if s is None else s[0] for leaf, s in leaves])
 
     @property
     def unused(self) -> bool:

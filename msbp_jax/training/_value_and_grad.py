@@ -12,6 +12,7 @@ import numpy as np
 
 from msbp_jax import _compat
 from msbp_jax._checks import check_parameters, is_differentiable
+from msbp_jax.kernels._schedule import all_at_once
 from msbp_jax.rules import Observer, Passage, plain
 from msbp_jax.training._microbatches import Step, check_microbatches, in_microbatches
 
@@ -82,12 +83,9 @@ def differentiate(
         own = [next(filled) if is_differentiable(leaf) else leaf for leaf in leaves]
         result = loss_fn(jax.tree.unflatten(structure, own), passage.marked(carriers), *args, **kwargs)
         unused.append(passage.unused)
-        if has_aux and not (isinstance(result, tuple) and len(result) == 2):
-            raise TypeError(
-                f"With has_aux=True the loss function must return (loss, aux), got {type(result).__name__}."
-            )
+        check_result(result, has_aux)
         value, aux = result if has_aux else (result, None)
-        _check_loss(value)
+        check_loss(value)
         return jnp.asarray(value), plain(aux)
 
     try:
@@ -100,6 +98,7 @@ def differentiate(
             "msbp.diagnose tells the uses of a site apart as it traces them, and one compiled function went into this "
             "loss more than once. Call the wrapped model directly."
         ) from error
+    grads, returned = all_at_once((grads, returned)) if returned else (grads, returned)
     if unused[-1]:
         raise ValueError(
             "loss_fn passed its memory to no wrapped model, so that the backward was dense. Call the models of "
@@ -116,7 +115,22 @@ def no_gradient(leaf: Any) -> np.ndarray:
     return np.zeros(np.shape(leaf), jax.dtypes.float0)
 
 
-def _check_loss(loss: Any) -> None:
+def check_result(result: Any, has_aux: bool) -> None:
+    """Raise unless a loss function returned a pair where it says so.
+
+    Raises:
+      TypeError: It did not.
+    """
+    if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+        raise TypeError(f"With has_aux=True the loss function must return (loss, aux), got {type(result).__name__}.")
+
+
+def check_loss(loss: Any) -> None:
+    """Raise unless a loss is a real scalar.
+
+    Raises:
+      TypeError: It is not.
+    """
     if not isinstance(loss, jax.Array | np.ndarray | np.generic | float):
         raise TypeError(
             f"The loss must be a real scalar, got {type(loss).__name__}. If the loss function returns something besides "

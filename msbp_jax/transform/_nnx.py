@@ -1,13 +1,19 @@
-"""The adapter for Flax NNX modules: a module that is called as before, with its memory in Variables of their own."""
+"""The adapter for Flax NNX modules: a module that is called as before, with its memory in Variables of their own.
+
+A call is traced like a function of the module's Variables, and of those of every graph node among its arguments (an
+`nnx.Rngs`). Whatever it writes there arrives, of whatever type, new Variables and plain attributes too.
+"""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax
 from flax import nnx
 
 from msbp_jax import _compat
+from msbp_jax.rules import Marked, is_marked
 from msbp_jax.sparsifiers._base import State
 from msbp_jax.transform._function import SparseFunction
 from msbp_jax.transform._plan import Plan
@@ -27,26 +33,33 @@ class Memory(nnx.Variable[Any]):
     """
 
 
+class Carrier(Memory):
+    """The Variable beside a `Memory` by which its new value leaves `msbp.nnx.value_and_grad`; there for its time only."""
+
+
 class SparseNNXModule(nnx.Module):
     """An NNX module whose contractions with a parameter have a sparse backward; made by `sparse_vjp`.
 
     Attributes:
       module: The module that was wrapped.
       memory: A `Memory` for each sparse site, by its name; None before `init_memory`.
+      carriers: A `Carrier` for each, while `msbp.nnx.value_and_grad` differentiates; else None.
     """
 
     def __init__(self, module: nnx.Module, plan: Plan, backend: str | None) -> None:
         self.module = module
         self.memory: dict[str, Memory] | None = nnx.data(None)
+        self.carriers: dict[str, Carrier] | None = nnx.data(None)
         self._plan = plan
         self._backend = backend
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the plain module returns; once there is a memory, its derivative is the sparse one.
 
-        Under `msbp.nnx.value_and_grad` the memory takes on its new value; under `nnx.grad` it stays as it was. Other
-        Variables (batch statistics, counts of random numbers) change as they do in the plain module. For evaluation
-        `model.module(...)`, the plain module, returns the same and is never traced.
+        Under `msbp.nnx.value_and_grad` the memory takes on its new value; under `nnx.grad` it stays as it was, with a
+        warning. Other Variables (batch statistics, counts of random numbers, whatever a call writes) change as they do
+        in the plain module, those of an `nnx.Rngs` among the arguments too. For evaluation `model.module(...)`, the
+        plain module, returns the same and is never traced.
 
         Args:
           *args: Arguments of the module.
@@ -55,14 +68,15 @@ class SparseNNXModule(nnx.Module):
         Raises:
           ValueError: It is seen to be differentiated before `init_memory` was called, or the memory is of other shapes.
         """
-        graphdef, params, rest = _parts(self.module)
         if self.memory is None:
-            self._check_not_differentiated((params, rest, args, kwargs))
+            self._check_not_differentiated((nnx.state(self.module), args, kwargs))
             return self.module(*args, **kwargs)
-        memory = {name: variable.get_value() for name, variable in self.memory.items()}
-        result, changed = self._function(graphdef)(params, rest, args, kwargs, memory=memory)
-        nnx.update(self.module, changed)
-        return result
+        call = _Call(self.module, args, kwargs)
+        memory = {name: self._marked(name, variable) for name, variable in self.memory.items()}
+        with nnx.update_context(_TAG):
+            params, rest, arrays = call.split()
+            result = self._function(call)(params, rest, *arrays, memory=memory)
+            return call.merged(result)
 
     def init_memory(self, *args: Any, **kwargs: Any) -> dict[str, State]:
         """Make the memory for arguments of these shapes, in place of the one there is; nothing is run.
@@ -77,8 +91,10 @@ class SparseNNXModule(nnx.Module):
         Raises:
           ValueError: There is no contraction with a parameter, or a pattern of the plan matches nothing.
         """
-        graphdef, params, rest = _parts(self.module)
-        memory = self._function(graphdef).init_memory(params, rest, args, kwargs)
+        call = _Call(self.module, args, kwargs)
+        with nnx.update_context(_TAG):
+            params, rest, arrays = call.split()
+            memory = self._function(call).init_memory(params, rest, *arrays)
         self.memory = nnx.data({name: Memory(state) for name, state in memory.items()})
         return memory
 
@@ -92,16 +108,26 @@ class SparseNNXModule(nnx.Module):
         Raises:
           ValueError: There is no contraction with a parameter, or a pattern of the plan matches nothing.
         """
-        graphdef, params, rest = _parts(self.module)
-        return self._function(graphdef).report(params, rest, args, kwargs)
+        call = _Call(self.module, args, kwargs)
+        with nnx.update_context(_TAG):
+            params, rest, arrays = call.split()
+            return self._function(call).report(params, rest, *arrays)
 
-    def _function(self, graphdef: Any) -> SparseFunction:
-        def call(params: Any, rest: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-            module = nnx.merge(graphdef, params, rest, copy=True)
-            result = module(*args, **kwargs)
-            return result, nnx.state(module, nnx.Not(nnx.Param))
+    def _marked(self, name: str, variable: Memory) -> State:
+        if self.carriers is not None:
+            return Marked.tree(variable.get_value(), self.carriers[name].get_value())
+        params = jax.tree.leaves(nnx.state(self.module, nnx.Param))
+        remembers = bool(jax.tree.leaves(variable.get_value())) and not is_marked(variable.get_value())
+        if remembers and any(_compat.under_differentiation(leaf) for leaf in params):
+            warnings.warn(
+                f"{type(self.module).__name__} is differentiated by something else than msbp.nnx.value_and_grad: its "
+                "gradients are sparse, and its memory stays as it is. Train with msbp.nnx.value_and_grad(loss_fn)(model, "
+                "...), which updates it; for dense gradients, or to silence this, call model.module.",
+                stacklevel=3,
+            )
+        return variable.get_value()
 
-        call.__name__ = type(self.module).__name__
+    def _function(self, call: _Call) -> SparseFunction:
         return SparseFunction(call, self._plan, self._backend, type(self.module).__qualname__)
 
     def _check_not_differentiated(self, tree: Any) -> None:
@@ -112,10 +138,67 @@ class SparseNNXModule(nnx.Module):
             )
 
 
-def _parts(module: nnx.Module) -> tuple[Any, Any, Any]:
-    graphdef, *states = nnx.split(module, nnx.Param, ...)
-    params, rest = states
-    return graphdef, params, rest
+_TAG = "msbp_jax"
+
+
+class _Call:
+    """A call of a module as a pure function `(params, rest, args, kwargs) -> (result, what was written)`.
+
+    Args:
+      module: The module.
+      args: Its arguments; graph nodes among them are taken out and count as state.
+      kwargs: Likewise.
+    """
+
+    def __init__(self, module: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        leaves, self.structure = jax.tree.flatten((args, kwargs), is_leaf=_is_node)
+        self.is_node = [_is_node(leaf) for leaf in leaves]
+        self.objects = (module, [leaf for leaf in leaves if _is_node(leaf)])
+        self.arrays = [None if _is_node(leaf) else leaf for leaf in leaves]
+        self.graphdefs: list[Any] = []
+        self.__name__ = self.__qualname__ = type(module).__name__
+
+    def split(self) -> tuple[Any, Any, tuple[Any, ...]]:
+        """Return the module's parameters, all other state, and the arguments that are no graph nodes."""
+        is_param = nnx.filterlib.to_predicate(nnx.Param)
+        own = lambda path, value: path[0] == 0 and is_param(path, value)
+        with nnx.split_context(_TAG) as context:
+            self.graphdef, params, rest = context.split(self.objects, own, ...)
+        return params.get(0, nnx.State({})), rest, (self.arrays,)
+
+    def __call__(self, params: Any, rest: Any, arrays: list[Any]) -> tuple[Any, Any]:
+        """Run the module on copies."""
+        with nnx.merge_context(_TAG, inner=True) as context:
+            objects = context.merge(self.graphdef, nnx.State({0: params}), rest)
+        module, nodes = objects
+        before, described = _values(objects), nnx.graphdef(objects)
+        remaining = iter(nodes)
+        filled = [next(remaining) if yes else leaf for leaf, yes in zip(arrays, self.is_node, strict=True)]
+        args, kwargs = jax.tree.unflatten(self.structure, filled)
+        result = module(*args, **kwargs)
+        after = _values(objects)
+        with nnx.split_context(_TAG) as context:
+            graphdef, state = context.split(objects)
+        unchanged = after.keys() == before.keys() and all(after[path] is before[path] for path in after)
+        self.graphdefs = [] if unchanged and nnx.graphdef(objects) == described else [graphdef]
+        return result, state if self.graphdefs else None
+
+    def merged(self, result: tuple[Any, Any]) -> Any:
+        """Write what the copies have become to the module and the arguments; return the module's result."""
+        value, state = result
+        if self.graphdefs:
+            with nnx.merge_context(_TAG, inner=False) as context:
+                context.merge(self.graphdefs[0], state)
+        return value
+
+
+def _values(objects: Any) -> dict[Any, Any]:
+    flat = nnx.to_flat_state(nnx.state(objects))
+    return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in flat}
+
+
+def _is_node(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Pytree | nnx.Variable)
 
 
 def is_nnx(target: Any) -> bool:
