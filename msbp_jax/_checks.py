@@ -66,7 +66,7 @@ def is_differentiable(leaf: Any) -> bool:
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array, a tracer or a ShapeDtypeStruct, as opposed to a flag, or a number of Python or NumPy."""
+    """Whether a leaf is an array, a tracer or a ShapeDtypeStruct, as opposed to a flag or a number."""
     return isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
 
 

@@ -8,6 +8,7 @@ layouts that have changed before.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer as Tracer
 from jax.core import eval_jaxpr as eval_jaxpr
+from jax.custom_derivatives import CustomVJPPrimal as CustomVJPPrimal
+from jax.custom_derivatives import SymbolicZero as SymbolicZero
 from jax.experimental import pallas as pallas
 from jax.experimental.custom_partitioning import custom_partitioning as custom_partitioning
 from jax.experimental.pallas import tpu as pallas_tpu  # noqa: F401
-from jax.custom_derivatives import CustomVJPPrimal as CustomVJPPrimal
-from jax.custom_derivatives import SymbolicZero as SymbolicZero
 from jax.extend.core import ClosedJaxpr as ClosedJaxpr
 from jax.extend.core import Jaxpr as Jaxpr
 from jax.extend.core import JaxprEqn as JaxprEqn
@@ -48,8 +49,10 @@ except ImportError:  # deprecated since JAX 0.11, to be removed in some later ve
 
 
 def define_vjp_with_logs(function: Any, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
-    """Give a `jax.custom_vjp` function rules: the backward returns `(cotangents, logs)`, the forward is told, of each of
-    its arguments, whether it is differentiated."""
+    """Give a `jax.custom_vjp` function its rules.
+
+    The backward returns `(cotangents, logs)`; the forward is told, of each argument, whether it is differentiated.
+    """
     function.defvjp_with_logs(fwd, bwd, symbolic_zeros=True)
 
 
@@ -73,6 +76,26 @@ def split_branch_log(log: Any) -> tuple[Any, list[Any]] | None:
     if type(log).__name__ == "CondSum":
         return log.index, list(log.branches)
     return None
+
+
+def make_jaxpr(function: Callable[..., Any], arguments: tuple[Any, ...], *, any_axes: bool) -> ClosedJaxpr:
+    """Return the jaxpr of a function.
+
+    Args:
+      function: Traced.
+      arguments: Arrays, or their shapes and dtypes.
+      any_axes: Whether the function may name axes of a `vmap` or `pmap` that is not around it, as when a model that is
+        trained under one is only to be described; an axis then has one member.
+    """
+    axes: list[tuple[str, int]] = []
+    while True:
+        try:
+            return jax.make_jaxpr(function, axis_env=axes)(*arguments)
+        except NameError as error:
+            found = re.search(r"unbound axis name: (\w+)", str(error))
+            if not any_axes or found is None or found[1] in dict(axes):
+                raise
+            axes.append((found[1], 1))
 
 
 def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
@@ -100,7 +123,7 @@ def under_differentiation(leaf: Any) -> bool:
 
 
 def zeros_placed_like(leaf: jax.Array, dtype: Any) -> jax.Array:
-    """Return zeros of a leaf's shape, placed on a mesh as it is, and varying over devices under `shard_map` as it does."""
+    """Return zeros of a leaf's shape, placed on a mesh, and varying over devices, as it is."""
     sharding = jax.typeof(leaf).sharding
     zeros = jnp.zeros(leaf.shape, dtype, out_sharding=sharding if sharding.mesh.explicit_axes else None)
     return varying_like(zeros, leaf)

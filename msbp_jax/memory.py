@@ -43,9 +43,9 @@ def memorized(
     where `g` is the gradient of the layer's output, `p` is what both products of the backward see, and `R` is the mean
     over rows (`"mean"`), the mean over the rows of each shard (`"local"`), or the identity (`"slot"`).
 
-    A row of `g` that is exactly 0 (padding, a masked label) takes no part: it gets no memory, is not counted in the mean,
-    and keeps its slot as it was. So a padded batch makes the memory that it makes without its padding, whatever stands
-    in it. Where nothing takes part, the memory stays.
+    A row of `g` that is exactly 0 (padding, a masked label) takes no part: it gets no memory, is not counted in the
+    mean, and keeps its slot as it was. So a padded batch makes the memory that it makes without its padding, whatever
+    stands in it. Where nothing takes part, the memory stays.
 
     Args:
       sparsifier: `S`, any sparsifier without a memory.
@@ -111,7 +111,9 @@ class _Memorized:
             name=f"memorized({inner.name}, decay={self.decay:g}{', reduce="slot"' if self.by_slot else ''})",
             is_identity=inner.is_identity,
             per_example=None if inner.per_example is None else self.per_example,
-            per_shard=None if inner.per_shard is None else dataclasses.replace(self, inner=inner.per_shard).sparsifier(),
+            per_shard=None
+            if inner.per_shard is None
+            else dataclasses.replace(self, inner=inner.per_shard).sparsifier(),
             weighted=self.weighted,
         )
 
@@ -227,6 +229,6 @@ def _is_memory(node: Any) -> bool:
 
 def _has_a_memory(sparsifier: Sparsifier) -> ValueError:
     return ValueError(
-        f"memorized wraps a sparsifier without a memory, got {sparsifier}. What the inner memory adds would be taken for "
-        "a part of the gradient, and remembered twice. Keep one memorized(), the outermost."
+        f"memorized wraps a sparsifier without a memory, got {sparsifier}. What the inner memory adds would be "
+        "taken for a part of the gradient, and remembered twice. Keep one memorized(), the outermost."
     )

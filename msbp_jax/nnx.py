@@ -1,7 +1,7 @@
 """Training of NNX models: gradients out, and the memory updated where it lives, in `msbp.Memory` Variables.
 
-It is `nnx.value_and_grad` with the carriers of the memory (`rules/_way_back.py`) as further Variables to differentiate: so
-whatever a loss writes to its arguments arrives as it does there, and what NNX refuses is refused.
+It is `nnx.value_and_grad` with the carriers of the memory (`rules/_way_back.py`) as further Variables to
+differentiate: so whatever a loss writes to its arguments arrives as it does there, and what NNX refuses is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from msbp_jax.rules import Passage
 from msbp_jax.training._microbatches import Step, check_microbatches, in_microbatches
 from msbp_jax.training._value_and_grad import check_loss, check_result
 from msbp_jax.transform import Memory, SparseNNXModule
-from msbp_jax.transform._nnx import Carrier
+from msbp_jax.transform._nnx import Arguments, Carrier
 
 
 def value_and_grad(
@@ -38,7 +38,8 @@ def value_and_grad(
     Returns:
       A function of the same arguments that returns `(loss, grads)`, or `((loss, aux), grads)`, like
       `nnx.value_and_grad`: `nnx.Optimizer.update(model, grads)` takes `grads`. The model's `msbp.Memory` takes on its
-      new value, and whatever else the loss writes to the model or its arguments arrives there. Call it inside `nnx.jit`.
+      new value, and whatever else the loss writes to the model or its arguments arrives there. Call it inside
+      `nnx.jit`.
 
     Raises:
       TypeError: The loss is not a real scalar.
@@ -81,24 +82,20 @@ def value_and_grad(
     def wrapped(model: Any, *args: Any, **kwargs: Any) -> Any:
         if count is None:
             return whole(model, *args, **kwargs)
-        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_node)
-        objects = (model, [leaf for leaf in leaves if _is_node(leaf)])
-        is_node = [_is_node(leaf) for leaf in leaves]
+        arguments = Arguments(args, kwargs)
+        objects = (model, arguments.nodes)
         graphdef, state = nnx.split(objects)
 
-        def step(params: Any, memory: Any, state: Any, arrays: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
+        def step(params: Any, memory: Any, state: Any, others: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
             del params, memory, kwargs
             own, nodes = nnx.merge(graphdef, state, copy=True)
-            remaining = iter(nodes)
-            filled = [next(remaining) if yes else leaf for leaf, yes in zip(arrays, is_node, strict=True)]
-            part_args, part_kwargs = jax.tree.unflatten(structure, filled)
+            part_args, part_kwargs = arguments.put_together(nodes, others)
             result, grads = whole(own, *part_args, **part_kwargs)
             value, aux = result if has_aux else (result, None)
             return Step(value, aux, grads, None, nnx.state((own, nodes)))
 
         params = nnx.state(model, wrt)
-        arrays = tuple(None if yes else leaf for leaf, yes in zip(leaves, is_node, strict=True))
-        done = in_microbatches(step, count, params, None, state, arrays, {})
+        done = in_microbatches(step, count, params, None, state, tuple(arguments.others), {})
         nnx.update(objects, done.carried)
         return ((done.value, done.aux) if has_aux else done.value), done.grads
 
@@ -128,17 +125,14 @@ def diagnose(loss_fn: Callable[..., Any], *, has_aux: bool = False, wrt: Any = n
     """
 
     def wrapped(model: Any, *args: Any, **kwargs: Any) -> training.Diagnosis:
-        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_node)
-        is_node = [_is_node(leaf) for leaf in leaves]
-        nodes = [leaf for leaf in leaves if _is_node(leaf)]
+        arguments = Arguments(args, kwargs)
         own = lambda path, value: path[0] == 0 and nnx.filterlib.to_predicate(_without_memory(wrt))(path, value)
-        graphdef, params, memory, rest = nnx.split((model, nodes), own, Memory, ...)
+        parts: tuple[Any, ...] = nnx.split((model, arguments.nodes), own, Memory, ...)
+        graphdef, params, memory, rest = parts
 
         def pure(params: Any, memory: Any) -> Any:
             copy, copies = nnx.merge(graphdef, params, memory, rest, copy=True)
-            remaining = iter(copies)
-            filled = [next(remaining) if yes else leaf for leaf, yes in zip(leaves, is_node, strict=True)]
-            args, kwargs = jax.tree.unflatten(structure, filled)
+            args, kwargs = arguments.put_together(copies, arguments.others)
             return loss_fn(copy, *args, **kwargs)
 
         return training.diagnose(pure, has_aux=has_aux)(params, memory)
@@ -148,8 +142,15 @@ def diagnose(loss_fn: Callable[..., Any], *, has_aux: bool = False, wrt: Any = n
 
 def _opened(model: Any, wrt: Any) -> list[tuple[SparseNNXModule, dict[str, Passage]]]:
     """Give every wrapped model its carriers."""
+    if not isinstance(model, nnx.Pytree):
+        raise TypeError(
+            f"The first argument of loss_fn must be an NNX model, or hold it, got {type(model).__name__}. For "
+            "Linen modules and functions there is msbp.value_and_grad(loss_fn)(params, memory, ...)."
+        )
     if not jax.tree.leaves(nnx.state(model, _without_memory(wrt))):
-        raise ValueError(f"No Variable of the first argument is of the kind wrt={wrt!r}, so there is no gradient to return.")
+        raise ValueError(
+            f"No Variable of the first argument is of the kind wrt={wrt!r}, so there is no gradient to return."
+        )
     wrapped = [node for _, node in nnx.iter_graph(model) if isinstance(node, SparseNNXModule)]
     passages = []
     for module in wrapped:
@@ -195,7 +196,3 @@ def _without_memory(wrt: Any) -> Any:
 
 def _and_carriers(wrt: Any) -> Any:
     return nnx.Any(_without_memory(wrt), Carrier)
-
-
-def _is_node(leaf: Any) -> bool:
-    return isinstance(leaf, nnx.Pytree | nnx.Variable)

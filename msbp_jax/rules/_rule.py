@@ -102,7 +102,8 @@ def _forward(rule: Rule, operands: Any, site: Any) -> tuple[jax.Array, tuple[Ope
             f"The new memory of site {rule.name} cannot leave the backward pass: either the memory went through "
             "stop_gradient inside the loss, which it needs not, as it is not differentiated; or the loss itself "
             "differentiates the wrapped model (a gradient penalty, a Hessian-vector product), for which there is no "
-            "memory. Take the stop_gradient away; for derivatives inside the loss, call the plain model that was wrapped."
+            "memory. Take the stop_gradient away; for derivatives inside the loss, call the plain model that was "
+            "wrapped."
         )
     return rule.operation.forward(*operands), (operands, site)
 

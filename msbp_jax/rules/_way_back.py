@@ -1,9 +1,10 @@
 """How state leaves the backward pass: as the cotangent of arguments that are made for it.
 
-Beside every leaf of a memory go its *carriers*: zeros of its shape, with respect to which the loss is differentiated too.
-A use of a site gives them, as their cotangent, its new state and how much that counts. JAX's own transposition then brings
-both back to where the leaf came from: through `vmap` over any axis, `scan`, `cond`, `shard_map`, slices and stacks; it adds
-up what several uses give, and leaves zeros where nothing ran. So nothing needs to be known of the loops around a site.
+Beside every leaf of a memory go its *carriers*: zeros of its shape, with respect to which the loss is differentiated
+too. A use of a site gives them, as their cotangent, its new state and how much that counts. JAX's own transposition
+then brings both back to where the leaf came from: through `vmap` over any axis, `scan`, `cond`, `shard_map`, slices
+and stacks; it adds up what several uses give, and leaves zeros where nothing ran. So nothing needs to be known of the
+loops around a site.
 
     float      total, weight   the new value is their quotient; the old one where the weight is 0
     key        ran             the next of the key's own series if anything ran
@@ -197,9 +198,9 @@ def unwrap(name: str, state: State) -> tuple[State, list[Carriers] | None, Obser
         return state, None, None
     if len(marks) < len(leaves):
         raise ValueError(
-            f"The memory of site {name} was put together inside the loss from leaves of msbp.value_and_grad's memory and "
-            "others, whose new values would not find their way back. Pass the state on as it came, or change all its "
-            "leaves with jax.tree.map."
+            f"The memory of site {name} was put together inside the loss from leaves of msbp.value_and_grad's "
+            "memory and others, whose new values would not find their way back. Pass the state on as it came, or "
+            "change all its leaves with jax.tree.map."
         )
     for mark in marks:
         mark.aside.witness.used = True

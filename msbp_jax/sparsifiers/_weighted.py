@@ -1,4 +1,4 @@
-"""State that several uses of one layer make together: each gives a total and a weight, and the new state is the quotient.
+"""State that several uses of one layer make together: each gives a total and a weight, the new state is the quotient.
 
 Uses are the time steps of a recurrent layer, the devices of a `shard_map`, the examples of a `vmap`, two calls with one
 memory. A use counts by the rows of its gradient that take part: those that are not exactly 0.
@@ -37,7 +37,7 @@ def apply_weighted(
 
 
 def settled(state: State, total: State, weight: State) -> State:
-    """Return the new state: total over weight, and what it was where nothing took part; other than numbers, the total."""
+    """Return the new state: total over weight, or the old where nothing took part; of other than numbers, the total."""
 
     def leaf(old: jax.Array, total: jax.Array, weight: jax.Array) -> jax.Array:
         return quotient(old, total, weight) if averages(old) else total

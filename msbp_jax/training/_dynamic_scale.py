@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,9 @@ import flax.training.dynamic_scale
 import jax
 import jax.numpy as jnp
 
+from msbp_jax import _compat
 from msbp_jax.memory import MemorizedState
+from msbp_jax.sparsifiers._keys import select_keys
 from msbp_jax.training._value_and_grad import value_and_grad
 
 
@@ -79,9 +82,11 @@ class DynamicScale(flax.training.dynamic_scale.DynamicScale):
             step = value_and_grad(scaled, has_aux=True, microbatches=microbatches)
             (_, (loss, aux)), grads, after = step(params, _times(memory, scale), *args, **kwargs)
             loss = loss if microbatches is None else loss.mean(axis=0)
-            grads = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads)
-            finite = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]).all()
-            kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), _times(after, 1 / scale), memory)
+            has_gradient = lambda g: g.dtype != jax.dtypes.float0
+            grads = jax.tree.map(lambda g: g.astype(jnp.float32) / scale if has_gradient(g) else g, grads)
+            numbers = [g for g in jax.tree.leaves(grads) if has_gradient(g)]
+            finite = jnp.stack([jnp.isfinite(g).all() for g in numbers]).all()
+            kept = jax.tree.map(functools.partial(_chosen, finite), _times(after, 1 / scale), memory)
             return ScaledStep(self._after(finite, scale), finite, (loss, aux) if has_aux else loss, grads, kept)
 
         return wrapped
@@ -95,10 +100,18 @@ class DynamicScale(flax.training.dynamic_scale.DynamicScale):
         return self.replace(fin_steps=steps, scale=new_scale)
 
 
+def _chosen(finite: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    if _compat.is_key(old):
+        return select_keys(jnp.broadcast_to(finite, old.shape), new, old)
+    return jnp.where(finite, new, old)
+
+
 def _times(memory: Any, factor: jax.Array) -> Any:
-    """Return a memory whose residuals are multiplied; whatever else sparsifiers keep stays as it is."""
+    """Return a memory whose residuals are multiplied, wherever they are; what else sparsifiers keep stays as it is."""
 
     def scaled(node: Any) -> Any:
-        return node._replace(residual=node.residual * factor) if isinstance(node, MemorizedState) else node
+        if not isinstance(node, MemorizedState):
+            return node
+        return MemorizedState(node.residual * factor, _times(node.inner, factor))
 
     return jax.tree.map(scaled, memory, is_leaf=lambda node: isinstance(node, MemorizedState))

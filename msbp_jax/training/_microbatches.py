@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from msbp_jax import _compat
-from msbp_jax._checks import is_array, path_name, positive_int
+from msbp_jax._checks import is_array, is_differentiable, path_name, positive_int
 from msbp_jax.formats import accumulation_dtype
 
 
@@ -55,8 +56,12 @@ def in_microbatches(
       params: Parameters.
       memory: What the first part sees.
       carried: Likewise.
-      args: Arrays are cut along their leading axis; a PRNG key without axes is split; the rest is passed on.
+      args: Arrays are cut along their leading axis; a PRNG key without axes is split, a legacy one (of the shape and
+        dtype of `jax.random.PRNGKey`'s) too; the rest is passed on.
       kwargs: Likewise.
+
+    Of a collection that is overwritten with its "gradient" (Flax's statistics of float8 products) the last part's
+    counts, and each part sees what the one before it left.
 
     Raises:
       ValueError: The leading axis of an array is not a multiple of `count`.
@@ -67,27 +72,65 @@ def in_microbatches(
     cut = [_is_cut(leaf) for _, leaf in leaves]
     parts = [_parts(path, leaf, count) for (path, leaf), is_cut in zip(leaves, cut, strict=True) if is_cut]
 
-    def one(carry: tuple[Any, Any, Any], part: list[jax.Array]) -> tuple[tuple[Any, Any, Any], tuple[Any, Any]]:
-        memory, carried, total = carry
+    trained, overwritten = _apart(params)
+
+    def one(carry: tuple[Any, Any, Any, Any], part: list[jax.Array]) -> tuple[Any, tuple[Any, Any]]:
+        memory, carried, total, overwritten = carry
         own = iter(part)
         filled = [next(own) if is_cut else leaf for (_, leaf), is_cut in zip(leaves, cut, strict=True)]
         args, kwargs = jax.tree.unflatten(structure, filled)
-        result = step(params, memory, carried, args, kwargs)
-        total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, result.grads)
-        return (result.memory, result.carried, total), (result.value, result.aux)
+        result = step(_together(trained, overwritten), memory, carried, args, kwargs)
+        grads, overwritten = _apart(result.grads)
+        numbers = [g for g in jax.tree.leaves(grads) if not _is_constant(g)]
+        total = [t + g.astype(t.dtype) for t, g in zip(total, numbers, strict=True)]
+        return (result.memory, result.carried, total, overwritten), (result.value, result.aux)
 
-    nothing = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulation_dtype(p.dtype)), params)
-    (memory, carried, total), (values, aux) = jax.lax.scan(one, (memory, carried, nothing), parts, length=count)
-    grads = jax.tree.map(lambda t, p: (t / count).astype(p.dtype), total, params)
-    return Step(values.mean(axis=0), aux, grads, memory, carried)
+    every, shape = jax.tree.flatten(trained)
+    numbers = [leaf for leaf in every if is_differentiable(leaf)]
+    nothing = [jnp.zeros(leaf.shape, accumulation_dtype(leaf.dtype)) for leaf in numbers]
+    start = memory, carried, nothing, overwritten
+    (memory, carried, total, overwritten), (values, aux) = jax.lax.scan(one, start, parts, length=count)
+    means = iter([(t / count).astype(leaf.dtype) for t, leaf in zip(total, numbers, strict=True)])
+    grads = jax.tree.unflatten(shape, [next(means) if is_differentiable(leaf) else no_gradient(leaf) for leaf in every])
+    return Step(values.mean(axis=0), aux, _together(grads, overwritten), memory, carried)
+
+
+# The name that Flax has for it; its TrainState knows it too.
+OVERWRITE_WITH_GRADIENT = "_overwrite_with_gradient"
+
+
+def _apart(params: Any) -> tuple[Any, Any]:
+    """Return parameters without the collection that is overwritten, and that collection; None where there is none."""
+    if not isinstance(params, Mapping) or OVERWRITE_WITH_GRADIENT not in params:
+        return params, None
+    others = {name: tree for name, tree in params.items() if name != OVERWRITE_WITH_GRADIENT}
+    return others, params[OVERWRITE_WITH_GRADIENT]
+
+
+def _together(params: Any, overwritten: Any) -> Any:
+    return params if overwritten is None else {**params, OVERWRITE_WITH_GRADIENT: overwritten}
+
+
+def no_gradient(leaf: Any) -> np.ndarray:
+    """Return what JAX has for the gradient of an array without fractions: zeros of dtype float0."""
+    return np.zeros(np.shape(leaf), jax.dtypes.float0)
+
+
+def _is_constant(gradient: Any) -> bool:
+    return gradient.dtype == jax.dtypes.float0
 
 
 def _is_cut(leaf: Any) -> bool:
     return is_array(leaf) and (leaf.ndim > 0 or _compat.is_key(leaf))
 
 
+def _is_legacy_key(leaf: Any) -> bool:
+    """Whether an array is a PRNG key as JAX had them before they got a type: nothing but shape and dtype tells."""
+    return leaf.dtype == jnp.uint32 and leaf.shape == jax.eval_shape(lambda: jax.random.PRNGKey(0)).shape
+
+
 def _parts(path: Any, leaf: Any, count: int) -> jax.Array:
-    if leaf.ndim == 0:
+    if leaf.ndim == 0 or _is_legacy_key(leaf):
         return jax.random.split(leaf, count)
     if leaf.shape[0] % count:
         raise ValueError(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
+import flax.struct
 import flax.training.train_state
 import jax
+import jax.numpy as jnp
 import optax
 
 from msbp_jax.training._value_and_grad import value_and_grad
@@ -27,7 +29,20 @@ class TrainState(flax.training.train_state.TrainState):
       >>> state = msbp.TrainState.create(apply_fn=f, params=p, tx=optax.sgd(0.1), memory=f.init_memory(p, x))
     """
 
-    memory: Any = None
+    memory: Any = flax.struct.field(default=None, kw_only=True)  # a subclass may add fields without default
+
+    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> Self:
+        """Return the state after a step of the optimizer, as Flax's does; arrays without fractions stay as they are.
+
+        Args:
+          grads: Gradients of the structure of `params`.
+          **kwargs: Further fields to replace, `memory` for example.
+        """
+        have_gradients = jax.tree.map(lambda g: g.dtype != jax.dtypes.float0, grads)
+        filled = jax.tree.map(lambda g, has: g if has else jnp.zeros(g.shape, jnp.float32), grads, have_gradients)
+        after = super().apply_gradients(grads=filled, **kwargs)
+        kept = jax.tree.map(lambda new, old, has: new if has else old, after.params, self.params, have_gradients)
+        return after.replace(params=kept)
 
 
 def train_step(
@@ -55,11 +70,15 @@ def train_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, *args: Any) -> tuple[TrainState, Any]:
+        if not isinstance(state, TrainState):
+            raise TypeError(
+                f"The step takes a msbp.TrainState, which has a memory, got {type(state).__module__}."
+                f"{type(state).__qualname__}. Make it with msbp.TrainState.create(apply_fn=..., params=..., tx=..., "
+                "memory=model.init_memory(...))."
+            )
         value, grads, memory = value_and_grad(loss_fn, has_aux=has_aux)(state.params, state.memory, *args)
-        if tx is None:
-            return state.apply_gradients(grads=grads, memory=memory), value
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, memory=memory), value
+        own = state if tx is None else state.replace(tx=tx)
+        after = own.apply_gradients(grads=grads, memory=memory)
+        return after.replace(tx=state.tx), value
 
     return step

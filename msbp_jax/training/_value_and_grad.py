@@ -13,8 +13,11 @@ import numpy as np
 from msbp_jax import _compat
 from msbp_jax._checks import check_parameters, is_differentiable
 from msbp_jax.kernels._schedule import all_at_once
+from msbp_jax.memory import MemorizedState
 from msbp_jax.rules import Observer, Passage, plain
-from msbp_jax.training._microbatches import Step, check_microbatches, in_microbatches
+from msbp_jax.sparsifiers import RandomKState
+from msbp_jax.training._microbatches import Step, check_microbatches, in_microbatches, no_gradient
+from msbp_jax.transform import SparseNNXModule
 
 
 def value_and_grad(
@@ -72,6 +75,7 @@ def differentiate(
     kwargs: dict[str, Any],
 ) -> tuple[Any, Any, Any, dict[Any, Any]]:
     """Return (value, gradients, memory, everything the rules logged); see `value_and_grad`."""
+    _check_arguments(params)
     check_parameters(jax.tree_util.tree_flatten_with_path(params)[0])
     passage = Passage(memory, observer)
     unused: list[bool] = []
@@ -110,9 +114,18 @@ def differentiate(
     return (value, aux) if has_aux else value, gradients, passage.collected(returned), logs
 
 
-def no_gradient(leaf: Any) -> np.ndarray:
-    """Return what JAX has for the gradient of an array without fractions: zeros of dtype float0."""
-    return np.zeros(np.shape(leaf), jax.dtypes.float0)
+def _check_arguments(params: Any) -> None:
+    is_state = lambda node: isinstance(node, MemorizedState | RandomKState)
+    if isinstance(params, SparseNNXModule):
+        raise TypeError(
+            "msbp.value_and_grad takes parameters and memory apart, got an NNX model: use "
+            "msbp.nnx.value_and_grad(loss_fn)(model, ...), whose model holds both."
+        )
+    if any(map(is_state, jax.tree.leaves(params, is_leaf=is_state))):
+        raise TypeError(
+            "The first argument holds states of sparsifiers, which belong into a memory. Were params and memory "
+            "swapped? The order is (params, memory, ...)."
+        )
 
 
 def check_result(result: Any, has_aux: bool) -> None:
@@ -133,8 +146,8 @@ def check_loss(loss: Any) -> None:
     """
     if not isinstance(loss, jax.Array | np.ndarray | np.generic | float):
         raise TypeError(
-            f"The loss must be a real scalar, got {type(loss).__name__}. If the loss function returns something besides "
-            "the loss, return (loss, aux) and pass has_aux=True."
+            f"The loss must be a real scalar, got {type(loss).__name__}. If the loss function returns something "
+            "besides the loss, return (loss, aux) and pass has_aux=True."
         )
     shape, dtype = jnp.shape(loss), jnp.result_type(loss)
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):

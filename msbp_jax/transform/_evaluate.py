@@ -64,7 +64,7 @@ def evaluate(jaxpr: _compat.ClosedJaxpr, arguments: Sequence[Any], placed: Place
             results = _compat.eval_jaxpr(single, [], *(env[v] for v in wanted))
         else:
             inputs = [read(atom) for atom in eqn.invars]
-            results = _equation(eqn, inputs, _under(placed, number), _under(sites, number))
+            results = list(_equation(eqn, inputs, _under(placed, number), _under(sites, number)))
         env.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in inner.outvars]
 
@@ -79,7 +79,7 @@ def _equation(eqn: _compat.JaxprEqn, inputs: list[Any], placed: Placeds, sites: 
 class _Equation:
     """A higher-order equation without its variables: equal to another whose parameters are the same objects."""
 
-    def __init__(self, primitive: Any, params: Mapping[str, Any]) -> None:
+    def __init__(self, primitive: Any, params: dict[str, Any]) -> None:
         self.primitive = primitive
         self.params = params
         self._identity = (primitive, *((name, _identity(value)) for name, value in sorted(params.items())))
@@ -128,7 +128,7 @@ def _inlined(function: Callable[[list[Any], Sites], Any]) -> Callable[[list[Any]
     return jax.jit(function, inline=True)
 
 
-def _jit(params: Mapping[str, Any], placed: Placeds) -> Callable[[list[Any], Sites], list[Any]]:
+def _jit(params: dict[str, Any], placed: Placeds) -> Callable[[list[Any], Sites], list[Any]]:
     if "call_jaxpr" in params:
         return _inlined(_body(params["call_jaxpr"], placed, "closed_call"))
     compiled = _compat.jit_like(params, _body(params["jaxpr"], placed, params["name"]))
@@ -141,12 +141,12 @@ def _jit(params: Mapping[str, Any], placed: Placeds) -> Callable[[list[Any], Sit
     return call
 
 
-def _remat(params: Mapping[str, Any], placed: Placeds) -> Callable[[list[Any], Sites], list[Any]]:
+def _remat(params: dict[str, Any], placed: Placeds) -> Callable[[list[Any], Sites], list[Any]]:
     body = _body(params["jaxpr"], placed, "checkpoint")
     return _inlined(jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"]))
 
 
-def _cond(params: Mapping[str, Any], placed: Placeds) -> Callable[[list[Any], Sites], list[Any]]:
+def _cond(params: dict[str, Any], placed: Placeds) -> Callable[[list[Any], Sites], list[Any]]:
     branches = [
         _body(branch, _under(placed, number), f"branch_{number}") for number, branch in enumerate(params["branches"])
     ]
@@ -169,7 +169,7 @@ def _cond(params: Mapping[str, Any], placed: Placeds) -> Callable[[list[Any], Si
     return _inlined(cond)
 
 
-def _scan(params: Mapping[str, Any], placed: Placeds) -> Callable[[list[Any], Sites], list[Any]]:
+def _scan(params: dict[str, Any], placed: Placeds) -> Callable[[list[Any], Sites], list[Any]]:
     consts, carries = _compat.scan_arity(params)
     length = params["length"]
     inside = {place: dataclasses.replace(one, loops=one.loops[1:]) for place, one in placed.items()}
@@ -196,7 +196,7 @@ def _scan(params: Mapping[str, Any], placed: Placeds) -> Callable[[list[Any], Si
     return _inlined(scan)
 
 
-def _shard_map(params: Mapping[str, Any], placed: Placeds) -> Callable[[list[Any], Sites], list[Any]]:
+def _shard_map(params: dict[str, Any], placed: Placeds) -> Callable[[list[Any], Sites], list[Any]]:
     """Rebuild a `shard_map`. A memory that devices share is whole on each; one for each device is cut up in front."""
     width = len(_compat.new_mesh_axes(params))
     axes = {place: one.loops[:width] for place, one in placed.items()}

@@ -22,35 +22,43 @@ class SparseFunction:
       function: The function that was wrapped.
     """
 
-    def __init__(self, function: Callable[..., Any], plan: Plan, backend: str | None, label: str = "") -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        plan: Plan,
+        backend: str | None,
+        memory_name: str = "memory",
+        label: str = "",
+    ) -> None:
         functools.update_wrapper(self, function, updated=())
         self.function = function
+        self._memory_name = memory_name
         self._label = label or f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
         self._plan = plan
         self._backend = backend
 
-    def __call__(self, params: Any, *args: Any, memory: Any = None, **kwargs: Any) -> Any:
-        """Return `f(params, *args, **kwargs)`; with `memory`, its derivative is the sparse one.
+    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return `f(params, *args, **kwargs)`; with `memory=`, its derivative is the sparse one.
 
         Args:
-          params: A pytree of floating arrays: what is differentiated.
+          params: A pytree of arrays: what is differentiated. Arrays without fractions are constants.
           *args: Anything else. Arrays are data, other leaves (flags) are passed as they are.
-          memory: What `init_memory` or the last step returned. Without it the call is the plain function, for
-            evaluation.
-          **kwargs: As `*args`.
+          **kwargs: As `*args`; and `memory`, what `init_memory` or the last step returned. Without it the call is the
+            plain function, for evaluation. It has another name if `sparse_vjp` was given one.
 
         Raises:
           TypeError: A parameter is not a floating array, or `memory` not a mapping.
           ValueError: `memory` is missing where the call is seen to be differentiated, or of another model, plan or
-            batch; there are no parameters; a pattern of the plan matches nothing.
+            batch; there are no parameters.
         """
+        memory = kwargs.pop(self._memory_name, None)
         if memory is not None:
             return self._program(params, args, kwargs, memory).run(memory)
         leaves = jax.tree.leaves((params, args, kwargs))
         if any(_compat.under_differentiation(leaf) for leaf in leaves) and self._is_sparse(params, args, kwargs):
             raise ValueError(
                 f"{self._name()} is differentiated without its memory, which would be a dense backward. Pass "
-                "memory=..., as init_memory returned it, or differentiate the plain function."
+                f"{self._memory_name}=..., as init_memory returned it, or differentiate the plain function."
             )
         return self.function(params, *args, **kwargs)
 
@@ -83,7 +91,9 @@ class SparseFunction:
           TypeError: A parameter is not a floating array.
           ValueError: There are no parameters, no contraction with one, or a pattern of the plan matches nothing.
         """
-        return make_report(self._program(params, args, kwargs).sites, self._backend)
+        program = self._program(params, args, kwargs)
+        program.check_plan()
+        return make_report(program.sites, self._backend)
 
     def __repr__(self) -> str:
         """Return the wrapped function and the plan."""

@@ -7,7 +7,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.core.scope import Scope
 
+from msbp_jax import _compat
 from msbp_jax.sparsifiers._base import State
 from msbp_jax.transform._function import SparseFunction
 from msbp_jax.transform._plan import Plan
@@ -21,10 +23,11 @@ class SparseModule:
       module: The module that was wrapped.
     """
 
-    def __init__(self, module: nn.Module, plan: Plan, backend: str | None) -> None:
+    def __init__(self, module: nn.Module, plan: Plan, backend: str | None, memory_name: str = "memory") -> None:
         self.module = module
         self._plan = plan
         self._backend = backend
+        self._memory_name = memory_name
 
     def init(self, *args: Any, **kwargs: Any) -> Any:
         """Return exactly what the plain module's `init` returns."""
@@ -42,23 +45,66 @@ class SparseModule:
         """Return exactly what the plain module's `tabulate` returns."""
         return self.module.tabulate(*args, **kwargs)
 
-    def apply(self, variables: Mapping[str, Any], *args: Any, memory: Any = None, **kwargs: Any) -> Any:
-        """Return what the plain module's `apply` returns; with `memory`, its derivative is the sparse one.
+    def bind(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> nn.Module:
+        """Return the plain module, bound to its variables, for evaluation.
+
+        Args:
+          variables: As in `apply`.
+          *args: As in the plain module's `bind`.
+          **kwargs: Likewise.
+
+        Raises:
+          ValueError: The variables are seen to be differentiated: what is bound has the dense backward.
+        """
+        self._check_not_differentiated(variables)
+        return self.module.bind(variables, *args, **kwargs)
+
+    def clone(self, *, parent: Any = None, **kwargs: Any) -> Any:
+        """Return a wrapped copy of the module with other fields; within a scope (`nn.apply`), a plain one of its own.
+
+        Args:
+          parent: As in the plain module's `clone`.
+          **kwargs: Likewise.
+
+        Raises:
+          ValueError: The variables of the scope are seen to be differentiated.
+        """
+        if parent is None:
+            return SparseModule(self.module.clone(**kwargs), self._plan, self._backend, self._memory_name)
+        if isinstance(parent, Scope):
+            self._check_not_differentiated(parent.variables())
+        return self.module.clone(parent=parent, **kwargs)
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return what the plain module's `apply` returns; with `memory=`, its derivative is the sparse one.
 
         Args:
           variables: The module's variables; the collection "params" is what is differentiated.
           *args: Arguments of the module.
-          memory: What `init_memory` or the last step returned. Without it the call is the plain module's, for
-            evaluation.
-          **kwargs: Further arguments, `rngs`, `mutable`, `method` and `capture_intermediates` included.
+          **kwargs: Further arguments, `rngs`, `mutable`, `method` and `capture_intermediates` included; and `memory`,
+            what `init_memory` or the last step returned. Without it the call is the plain module's, for evaluation. It
+            has another name if `sparse_vjp` was given one.
 
         Raises:
-          TypeError: A parameter is not a floating array, or `memory` not a mapping.
+          TypeError: A parameter is not an array, or `memory` not a mapping.
           ValueError: `memory` is missing where the call is seen to be differentiated, or of another model, plan or
-            batch; `variables` have no parameters; a pattern of the plan matches nothing.
+            batch; `variables` have no parameters.
         """
         params, others = _split(variables)
-        return self._function(kwargs)(params, others, args, _traced(kwargs), memory=memory)
+        memory = {name: kwargs.pop(name) for name in (self._memory_name,) if name in kwargs}
+        return self._function(kwargs)(params, others, args, _traced(kwargs), **memory)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Say how a Linen module is called.
+
+        Raises:
+          TypeError: Always.
+        """
+        del args, kwargs
+        raise TypeError(
+            f"{type(self.module).__name__} is a Linen module: call it as model.apply(variables, *args, memory=memory), "
+            "after variables = model.init(key, *args) and memory = model.init_memory(variables, *args)."
+        )
 
     def init_memory(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, State]:
         """Return the memory at the start, without running the module.
@@ -105,7 +151,15 @@ class SparseModule:
             return self.module.apply({"params": params, **others}, *args, **how, **kwargs)
 
         apply.__name__ = type(self.module).__name__
-        return SparseFunction(apply, self._plan, self._backend, repr(self.module))
+        return SparseFunction(apply, self._plan, self._backend, self._memory_name, repr(self.module))
+
+    def _check_not_differentiated(self, variables: Any) -> None:
+        if any(_compat.under_differentiation(leaf) for leaf in jax.tree.leaves(variables)):
+            raise ValueError(
+                f"{type(self.module).__name__} is bound to variables that are differentiated, and its backward "
+                f"would be dense. Train with model.apply(variables, ..., {self._memory_name}=memory), which takes "
+                "method= for another method, or a function of the module."
+            )
 
 
 # Arguments of `apply` that say how to apply; they are no pytrees of arrays.

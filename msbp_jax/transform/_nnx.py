@@ -7,6 +7,7 @@ A call is traced like a function of the module's Variables, and of those of ever
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ class Memory(nnx.Variable[Any]):
 
 
 class Carrier(Memory):
-    """The Variable beside a `Memory` by which its new value leaves `msbp.nnx.value_and_grad`; there for its time only."""
+    """The Variable beside a `Memory` by which its new value leaves `value_and_grad`; there for that time only."""
 
 
 class SparseNNXModule(nnx.Module):
@@ -77,6 +78,16 @@ class SparseNNXModule(nnx.Module):
             params, rest, arrays = call.split()
             result = self._function(call)(params, rest, *arrays, memory=memory)
             return call.merged(result)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("apply", "init"):
+            raise AttributeError(
+                f"{type(self.module).__name__} is an NNX module and has no {name}: call it as model(*args), after "
+                "model.init_memory(*args); train it with msbp.nnx.value_and_grad."
+            )
+        raise AttributeError(
+            f"{type(self).__name__!r} object has no attribute {name!r}; the plain module is its .module."
+        )
 
     def init_memory(self, *args: Any, **kwargs: Any) -> dict[str, State]:
         """Make the memory for arguments of these shapes, in place of the one there is; nothing is run.
@@ -121,14 +132,14 @@ class SparseNNXModule(nnx.Module):
         if remembers and any(_compat.under_differentiation(leaf) for leaf in params):
             warnings.warn(
                 f"{type(self.module).__name__} is differentiated by something else than msbp.nnx.value_and_grad: its "
-                "gradients are sparse, and its memory stays as it is. Train with msbp.nnx.value_and_grad(loss_fn)(model, "
-                "...), which updates it; for dense gradients, or to silence this, call model.module.",
+                "gradients are sparse, and its memory stays as it is. Train with msbp.nnx.value_and_grad(loss_fn)"
+                "(model, ...), which updates it; for dense gradients, or to silence this, call model.module.",
                 stacklevel=3,
             )
         return variable.get_value()
 
     def _function(self, call: _Call) -> SparseFunction:
-        return SparseFunction(call, self._plan, self._backend, type(self.module).__qualname__)
+        return SparseFunction(call, self._plan, self._backend, label=type(self.module).__qualname__)
 
     def _check_not_differentiated(self, tree: Any) -> None:
         if any(_compat.under_differentiation(leaf) for leaf in jax.tree.leaves(tree)):
@@ -141,6 +152,28 @@ class SparseNNXModule(nnx.Module):
 _TAG = "msbp_jax"
 
 
+class Arguments:
+    """Arguments of a call, with the graph nodes among them (an `nnx.Rngs`, a module) apart from everything else.
+
+    Attributes:
+      nodes: The graph nodes.
+      others: A list of the other leaves, None in place of the nodes.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        leaves, self._structure = jax.tree.flatten((args, kwargs), is_leaf=_is_node)
+        self._is_node = [_is_node(leaf) for leaf in leaves]
+        self.nodes = [leaf for leaf in leaves if _is_node(leaf)]
+        self.others = [None if _is_node(leaf) else leaf for leaf in leaves]
+
+    def put_together(self, nodes: Sequence[Any], others: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return arguments and keyword arguments with these nodes and other leaves."""
+        remaining = iter(nodes)
+        leaves = [next(remaining) if yes else leaf for leaf, yes in zip(others, self._is_node, strict=True)]
+        args, kwargs = jax.tree.unflatten(self._structure, leaves)
+        return args, kwargs
+
+
 class _Call:
     """A call of a module as a pure function `(params, rest, args, kwargs) -> (result, what was written)`.
 
@@ -151,10 +184,8 @@ class _Call:
     """
 
     def __init__(self, module: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        leaves, self.structure = jax.tree.flatten((args, kwargs), is_leaf=_is_node)
-        self.is_node = [_is_node(leaf) for leaf in leaves]
-        self.objects = (module, [leaf for leaf in leaves if _is_node(leaf)])
-        self.arrays = [None if _is_node(leaf) else leaf for leaf in leaves]
+        self.arguments = Arguments(args, kwargs)
+        self.objects = (module, self.arguments.nodes)
         self.graphdefs: list[Any] = []
         self.__name__ = self.__qualname__ = type(module).__name__
 
@@ -164,17 +195,15 @@ class _Call:
         own = lambda path, value: path[0] == 0 and is_param(path, value)
         with nnx.split_context(_TAG) as context:
             self.graphdef, params, rest = context.split(self.objects, own, ...)
-        return params.get(0, nnx.State({})), rest, (self.arrays,)
+        return params.get(0, nnx.State({})), rest, (self.arguments.others,)
 
-    def __call__(self, params: Any, rest: Any, arrays: list[Any]) -> tuple[Any, Any]:
+    def __call__(self, params: Any, rest: Any, others: list[Any]) -> tuple[Any, Any]:
         """Run the module on copies."""
         with nnx.merge_context(_TAG, inner=True) as context:
             objects = context.merge(self.graphdef, nnx.State({0: params}), rest)
         module, nodes = objects
         before, described = _values(objects), nnx.graphdef(objects)
-        remaining = iter(nodes)
-        filled = [next(remaining) if yes else leaf for leaf, yes in zip(arrays, self.is_node, strict=True)]
-        args, kwargs = jax.tree.unflatten(self.structure, filled)
+        args, kwargs = self.arguments.put_together(nodes, others)
         result = module(*args, **kwargs)
         after = _values(objects)
         with nnx.split_context(_TAG) as context:

@@ -35,13 +35,24 @@ class Plan:
         return None
 
     def check_used(self, names: Iterable[str]) -> None:
-        """Raise if a pattern matches none of the names.
+        """Raise if a pattern matches none of the names, or none that an earlier pattern does not match.
 
         Raises:
           ValueError: It names the patterns, and the sites that there are.
         """
         known = list(names)
-        unused = [p for p, _ in self.entries if p != EVERYTHING and not any(_matches(p, name) for name in known)]
+        patterns = [pattern for pattern, _ in self.entries]
+        unused = [p for p in patterns if p != EVERYTHING and not any(_matches(p, name) for name in known)]
+        if not unused:
+            for number, pattern in enumerate(patterns):
+                matched = [name for name in known if _matches(pattern, name)]
+                before = [next((p for p in patterns[:number] if _matches(p, name)), None) for name in matched]
+                if matched and pattern != EVERYTHING and None not in before:
+                    raise ValueError(
+                        f"The pattern {pattern!r} of the plan can never apply: the first match wins, and "
+                        f"{', '.join(sorted({repr(p) for p in before}))} stands before it and matches "
+                        f"{', '.join(matched)}. Put the specific patterns first."
+                    )
         if unused:
             sites = ", ".join(known) or "none"
             raise ValueError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ class Program:
       parameters: Path and shape of each parameter leaf.
       sites: Its contractions.
       rebuild: Turns the jaxpr's results into the function's result.
+      plan: Which sparsifier each site gets.
       label: What the keys of random sparsifiers start from, besides the site: what was wrapped.
       backend: Which backend runs the products; None chooses.
     """
@@ -40,6 +41,7 @@ class Program:
     parameters: list[tuple[str, int]]
     sites: list[Site]
     rebuild: Callable[[list[Any]], Any]
+    plan: Plan
     label: str
     backend: str | None
 
@@ -49,8 +51,24 @@ class Program:
         return [site for site in self.sites if site.sparsifier is not None]
 
     def init_memory(self) -> dict[str, Any]:
-        """Return the memory at the start."""
+        """Return the memory at the start.
+
+        Raises:
+          ValueError: A pattern of the plan matches nothing, or can never apply.
+        """
+        self.check_plan()
+        if not self.sparse_sites and not all(site.dense_by_choice for site in self.sites if site.found.side):
+            reasons = "; ".join(f"{site.name}: {site.reason}" for site in self.sites)
+            warnings.warn(f"Nothing is sparse under this plan. {reasons}.", stacklevel=4)
         return init_memory(self.sites, self.label)
+
+    def check_plan(self) -> None:
+        """Raise unless every pattern of the plan is of use in this program.
+
+        Raises:
+          ValueError: One matches nothing, or can never apply.
+        """
+        self.plan.check_used([site.name for site in self.sites])
 
     def run(self, memory: Any) -> Any:
         """Return the function's result, with the sparse backward behind it.
@@ -59,7 +77,7 @@ class Program:
           TypeError: `memory` is not a mapping.
           ValueError: `memory` is of another model, plan or batch.
         """
-        check_memory(memory, self.sites)
+        check_memory(memory, self.sites, [path for path, _ in self.parameters])
         placed, states = {}, {}
         for site in self.sparse_sites:
             state, carriers, observer = unwrap(site.name, memory[site.name])
@@ -118,7 +136,7 @@ def trace(
 
     Raises:
       TypeError: A parameter is not an array, or not of a floating dtype.
-      ValueError: There are no parameters, no contraction with one, or a pattern of the plan that matches nothing.
+      ValueError: There are no parameters, or no contraction with one.
     """
     keyed, params_structure = jax.tree_util.tree_flatten_with_path(params)
     check_parameters(keyed)
@@ -139,7 +157,7 @@ def trace(
         return [leaf for leaf in results if is_array(leaf)]
 
     with jax.disable_jit(False):  # else loops are unrolled, and their sites are others
-        jaxpr = jax.make_jaxpr(flat_function)(leaves, traced)
+        jaxpr = _compat.make_jaxpr(flat_function, (leaves, traced), any_axes=memory is None)
     structure, fixed, are_arrays = result_structure[-1]
 
     def rebuild(results: list[Any]) -> Any:
@@ -168,6 +186,7 @@ def trace(
         parameters=parameters,
         sites=name_sites(found, parameters, plan),
         rebuild=rebuild,
+        plan=plan,
         label=label,
         backend=backend,
     )

@@ -86,6 +86,11 @@ class Site:
         ]
 
     @property
+    def dense_by_choice(self) -> bool:
+        """Whether it stays dense because the plan says so, or nothing of it."""
+        return self.reason == _UNNAMED or self.reason.endswith(_KEEPS_ALL.format(self.dims.n))
+
+    @property
     def is_empty(self) -> bool:
         """Whether there is nothing to compute: no rows, or nothing that they are made from."""
         return 0 in (self.repeats, self.dims.rows, self.dims.m, self.dims.n)
@@ -123,9 +128,6 @@ def name_sites(found: Sequence[Found], parameters: Sequence[tuple[str, int]], pl
       found: Its contractions, in the program's order.
       parameters: Path and size of each parameter leaf.
       plan: Which sparsifier each site gets.
-
-    Raises:
-      ValueError: A pattern of the plan matches nothing.
     """
     uses: collections.Counter[str] = collections.Counter()
     sites = []
@@ -137,17 +139,16 @@ def name_sites(found: Sequence[Found], parameters: Sequence[tuple[str, int]], pl
         elif uses[name] > 1:
             name = f"{name}#{uses[name]}"
         sites.append(_site(name, contraction_found, plan))
-    plan.check_used([site.name for site in sites])
     return sites
 
 
 def init_memory(sites: Sequence[Site], label: str) -> dict[str, State]:
-    """Return the memory of all sparse sites at the start; `label` tells the keys of one wrapped model from another's."""
+    """Return the memory of all sparse sites at the start; `label` tells one model's keys from another's."""
     return {site.name: site.init(label) for site in sites if site.sparsifier is not None}
 
 
-def check_memory(memory: Any, sites: Sequence[Site]) -> None:
-    """Raise unless `memory` is of these sites.
+def check_memory(memory: Any, sites: Sequence[Site], parameters: Sequence[str] = ()) -> None:
+    """Raise unless `memory` is of these sites; the paths of the parameters tell whether it is they that were passed.
 
     Raises:
       TypeError: It is not a mapping.
@@ -160,9 +161,12 @@ def check_memory(memory: Any, sites: Sequence[Site]) -> None:
         )
     sparse = {site.name: site for site in sites if site.sparsifier is not None}
     if missing := sorted(sparse.keys() - memory.keys()):
+        swapped = set(map(str, memory)) & {path.split("/")[0] for path in parameters} - sparse.keys()
         raise ValueError(
-            f"memory is not of this model and plan: it lacks the sites {missing}, and has {sorted(memory) or 'none'}. "
-            "Make it with init_memory of the same wrapped model, from a call that reaches all that is trained."
+            f"memory is not of this model and plan: it lacks the sites {missing}, and has "
+            f"{sorted(map(str, memory)) or 'none'}. "
+            + ("These are parameters: were params and memory swapped? " if swapped else "")
+            + "Make it with init_memory of the same wrapped model, from a call that reaches all that is trained."
         )
     differences = [
         line
@@ -183,6 +187,13 @@ def _differences(name: str, wanted: State, given: State) -> list[str]:
     given = plain(given)
     structures: list[Any] = [jax.tree.structure(tree) for tree in (wanted, given)]
     if structures[0] != structures[1]:
+        fields = getattr(wanted, "_fields", None)
+        if fields and isinstance(given, collections.abc.Mapping) and set(given) == set(fields):
+            return [
+                f"memory of site {name} is a dict of the fields of {type(wanted).__name__}, as a checkpoint is "
+                "that was restored without a target. Restore it with one, as "
+                "ocp.args.StandardRestore(model.init_memory(...)) does."
+            ]
         return [f"memory of site {name} has another structure: expected {structures[0]}, got {structures[1]}."]
     pairs = zip(jax.tree.leaves(wanted), jax.tree.leaves(given), strict=True)
     return [
@@ -224,12 +235,16 @@ def _site(name: str, found: Found, plan: Plan) -> Site:
     )
 
 
+_KEEPS_ALL = " keeps all {} features"
+_UNNAMED = "no pattern of the plan matches"
+
+
 def _why_dense(found: Found, dims: Dims, sparsifier: Sparsifier | None, plan: Plan) -> str:
     """Return why a contraction that could be sparse is not, or ""."""
     if sparsifier is None:
         return _unnamed(found)
     if sparsifier.is_identity(jax.ShapeDtypeStruct((dims.rows, dims.n), found.out.dtype)):
-        return f"{sparsifier.name} keeps all {dims.n} features"
+        return sparsifier.name + _KEEPS_ALL.format(dims.n)
     if dims.n < plan.min_features:
         return f"{dims.n} features, fewer than min_features={plan.min_features}"
     return ""
@@ -261,7 +276,7 @@ def _by_example(sparsifier: Sparsifier, rows: int) -> Sparsifier:
 
 def _unnamed(found: Found) -> str:
     if found.side is not None:
-        return "no pattern of the plan matches"
+        return _UNNAMED
     lhs, rhs = found.lhs_source, found.rhs_source
     if lhs.is_weight and rhs.is_weight:
         return "both operands are parameters"

@@ -54,7 +54,6 @@ class Source:
         """Return the source of what leaves `loops`, or is made the same in all their iterations."""
         return dataclasses.replace(self, varies=self.varies - set(loops))
 
-
     def stopped(self) -> Source:
         """Return the source of something from which no gradient flows back."""
         return dataclasses.replace(self, moves=False)

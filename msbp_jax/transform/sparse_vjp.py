@@ -13,6 +13,7 @@ It is applied before differentiation. Without `memory` the wrapped function is t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ def sparse_vjp(
     *,
     min_features: int = 64,
     backend: str | None = None,
+    memory_name: str = "memory",
 ) -> Any:
     r"""Wrap a model or a function so that its backward propagates only the important part of each gradient.
 
@@ -44,12 +46,13 @@ def sparse_vjp(
     named in the report.
 
     Args:
-      target: A Flax module (Linen or NNX), or a function `f(params, *args)` whose first argument is a pytree of
-        floating arrays.
+      target: A Flax module (Linen or NNX), or a function `f(params, *args)` whose first argument is a pytree of arrays.
       plan: A sparsifier for all sites, or a mapping from shell-style patterns over site names to sparsifiers, of which
         the first match wins; sites that no pattern matches stay dense. Sites are named by the path of their parameter.
       min_features: Sites with fewer output features stay dense; there is little to choose from and nothing to gain.
       backend: Which backend runs the products; None chooses, `msbp.backends()` lists them.
+      memory_name: Keyword under which the wrapped function, or `apply`, takes the memory; for a model that has an
+        argument `memory` itself.
 
     Returns:
       For a Linen module, an object with its `init`, and with `apply`, `init_memory` and `report`. For a function, a
@@ -57,8 +60,9 @@ def sparse_vjp(
       before and keeps its memory in `msbp.Memory` Variables; `init_memory` makes them.
 
     Raises:
-      TypeError: `target` is not a module or a function, or the plan not of sparsifiers.
-      ValueError: The plan is empty, `min_features < 1`, or `backend` unknown.
+      TypeError: `target` is not a module or a function, or is wrapped already; the plan is not of sparsifiers.
+      ValueError: The plan is empty, `min_features < 1`, `backend` unknown, `target` a part of a Linen module, or it
+        has an argument of the memory's name itself.
 
     Example:
       >>> import jax, jax.numpy as jnp, msbp_jax as msbp
@@ -80,10 +84,45 @@ def sparse_vjp(
     checked = make_plan(plan, min_features)
     if backend is not None and backend not in (known := sorted({b for of in kernels.backends().values() for b in of})):
         raise ValueError(f"There is no backend {backend!r}. Expected one of: {', '.join(known)}; or None to choose.")
-    if is_linen(target):
-        return SparseModule(target, checked, backend)
+    _check_target(target)
     if is_nnx(target):
         return SparseNNXModule(target, checked, backend)
-    if not callable(target) or isinstance(target, type):
+    _check_memory_name(target.__call__ if is_linen(target) else target, memory_name)
+    if is_linen(target):
+        return SparseModule(target, checked, backend, memory_name)
+    return SparseFunction(target, checked, backend, memory_name)
+
+
+def _check_target(target: Any) -> None:
+    if isinstance(target, SparseFunction | SparseModule | SparseNNXModule):
+        raise TypeError(f"sparse_vjp was given {target}, which it made: one wrapping is enough, with one plan for all.")
+    if isinstance(target, type):
+        raise TypeError(
+            f"sparse_vjp wraps a module, not its class, got the class {target.__name__}. Make one first: "
+            f"msbp.sparse_vjp({target.__name__}(...), ...)."
+        )
+    if is_linen(target) and target.parent is not None:
+        raise ValueError(
+            f"sparse_vjp was called inside a Linen module, on its part {type(target).__name__}. Wrap the whole "
+            "model, from "
+            'outside, and say by a plan which parts are meant: msbp.sparse_vjp(model, {"'
+            + (target.name or "part")
+            + '/*": ...}).'
+        )
+    if not callable(target):
         raise TypeError(f"sparse_vjp wraps a Flax module or a function f(params, *args), got {target!r}.")
-    return SparseFunction(target, checked, backend)
+
+
+def _check_memory_name(function: Any, name: Any) -> None:
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"memory_name must be the name of a keyword argument, got {name!r}.")
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # built in
+        return
+    if name in parameters:
+        raise ValueError(
+            f"What is wrapped has an argument {name} itself, so that {name}=... could mean either. Choose another "
+            "name for "
+            f'the memory of the backward, such as msbp.sparse_vjp(..., memory_name="backward_memory").'
+        )

@@ -121,7 +121,9 @@ def test_a_memory_of_something_else_is_refused_with_the_difference(tmp_path):
         with pytest.raises(ValueError, match=r"(?s)tree structures do not match:.*w.inner"):
             restored(manager, 0, like, "memory")
         # Without a target, Orbax gives plain containers: the call says what it expected instead.
-        with pytest.raises(ValueError, match=r"(?s)site w has another structure: expected .*site v has"):
+        with pytest.raises(
+            ValueError, match=r"(?s)site w is a dict of the fields of MemorizedState, .* without a target.*v is"
+        ):
             F(state["params"], X, memory=memory)
         wide = start(width=80)
         good = restored(manager, 0, state, "memory").memory

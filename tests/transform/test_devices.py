@@ -66,8 +66,8 @@ WHOLE_BATCH = msbp.top_k(k=7, rows_per_group=None)
 @pytest.mark.parametrize(
     ("sparsifier", "extra"),
     [
-        # What the sparse backward adds: a mean of the memory for each of two sites, a sum and a number of rows; where the
-        # whole batch makes one choice, a sum of its scores as well; nothing where each shard keeps its own memory.
+        # What the sparse backward adds: a mean of the memory for each of two sites, a sum and a number of rows; where
+        # the whole batch makes one choice, a sum of its scores as well; nothing where each shard keeps its own memory.
         (TOP, []),
         (msbp.memorized(TOP, 0.8), [("all-reduce", N), ("all-reduce", 1)] * 2),
         (msbp.memorized(msbp.top_k(k=7), 0.8), [("all-reduce", N), ("all-reduce", 1)] * 2),

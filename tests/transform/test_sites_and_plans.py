@@ -56,8 +56,10 @@ def test_a_tied_weight_has_a_memory_for_each_use():
     g = msbp.sparse_vjp(lambda w, x: (x @ w) @ w.T, msbp.memorized(S, decay=0.5))
     memory = g.init_memory(jnp.ones((64, 80)), jnp.ones((6, 64)))
     assert {name: state.residual.shape for name, state in memory.items()} == {"params": (80,), "params#2": (64,)}
-    both = msbp.sparse_vjp(lambda p, x: (x @ p["w"]) @ p["w"].T, {"w": S, "w#2": msbp.dense()})
-    assert set(both.init_memory({"w": jnp.ones((64, 80))}, jnp.ones((6, 64)))) == {"w", "w#2"}
+    tied, args = lambda p, x: (x @ p["w"]) @ p["w"].T, ({"w": jnp.ones((64, 80))}, jnp.ones((6, 64)))
+    assert set(msbp.sparse_vjp(tied, {"w#2": msbp.dense(), "w": S}).init_memory(*args)) == {"w"}
+    with pytest.raises(ValueError, match=r"'w#2' of the plan can never apply: .* 'w' stands before it and matches w#2"):
+        msbp.sparse_vjp(tied, {"w": S, "w#2": msbp.dense()}).init_memory(*args)
     only_second = msbp.sparse_vjp(lambda p, x: (x @ p["w"]) @ p["w"].T, {"w#2": S})
     assert set(only_second.init_memory({"w": jnp.ones((64, 80))}, jnp.ones((6, 64)))) == {"w#2"}
 

@@ -23,7 +23,7 @@ def select_with_memory(
 def together(
     k: int, names: tuple[str, ...], cotangent: Float[Array, "rows n"], memory: Float[Array, ...]
 ) -> tuple[Array, Array, Array, Array]:
-    """Choose once for rows spread over the devices of the mesh axes `names`; return values, index, what is left, rows."""
+    """Choose once for rows spread over the devices of the mesh axes `names`; return what the op does."""
     live = takes_part(cotangent)
     u = add_memory(cotangent, memory, live)
     p = xla.select_over(names, u, k)
