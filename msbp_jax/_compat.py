@@ -13,7 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer as Tracer
 from jax.core import eval_jaxpr as eval_jaxpr
 from jax.custom_derivatives import CustomVJPPrimal as CustomVJPPrimal
@@ -25,6 +27,7 @@ from jax.extend.core import ClosedJaxpr as ClosedJaxpr
 from jax.extend.core import Jaxpr as Jaxpr
 from jax.extend.core import JaxprEqn as JaxprEqn
 from jax.extend.core import Literal as Literal
+from jax.extend.core import Primitive as Primitive
 from jax.extend.core import Var as Var
 from jax.extend.core import jaxprs_in_params as jaxprs_in_params
 from jax.extend.core.primitives import closed_call_p as closed_call_p
@@ -37,6 +40,7 @@ from jax.extend.core.primitives import jit_p as jit_p
 from jax.extend.core.primitives import remat_p as remat_p
 from jax.extend.core.primitives import scan_p as scan_p
 from jax.extend.core.primitives import while_p as while_p
+from jax.interpreters import ad, batching, mlir
 
 # The tracers of forward-mode and reverse-mode differentiation. Only the first is exported, so both go by name.
 _DIFFERENTIATION_TRACERS = frozenset({"JVPTracer", "LinearizeTracer"})
@@ -322,3 +326,44 @@ def constrained(values: Any, shardings: Any) -> list[Any]:
         value if type(sharding).__name__ == "UnspecifiedValue" else jax.lax.with_sharding_constraint(value, sharding)
         for value, sharding in zip(values, shardings, strict=True)
     ]
+
+
+_by_purpose_p = Primitive("msbp_by_purpose")
+
+
+def lowered_by_purpose(array: jax.Array, *, hint: Callable[[jax.Array], jax.Array] | None, refusal: str) -> jax.Array:
+    """Return an array, through `hint` where the program is to run in this process.
+
+    Where it is lowered for `jax.export`, it is the array itself, or an error.
+
+    Args:
+      array: Any.
+      hint: A function that returns its argument, computed in some way; None for none.
+      refusal: Message of the `NotImplementedError` that exporting raises; "" to export.
+    """
+    return _by_purpose_p.bind(array, hint=hint, refusal=refusal)
+
+
+def _lower_by_purpose(ctx: Any, array: Any, *, hint: Any, refusal: str) -> Any:
+    exported = getattr(ctx.module_context.lowering_parameters, "for_export", False)
+    if exported and refusal:
+        raise NotImplementedError(refusal)
+    function = (lambda x: x) if exported or hint is None else hint
+    return mlir.lower_fun(function, multiple_results=False)(ctx, array)
+
+
+_by_purpose_p.def_impl(lambda array, *, hint, refusal: array if hint is None else hint(array))
+_by_purpose_p.def_abstract_eval(lambda array, *, hint, refusal: array)
+mlir.register_lowering(_by_purpose_p, _lower_by_purpose)
+ad.deflinear2(_by_purpose_p, lambda cotangent, array, **params: [cotangent])
+batching.defvectorized(_by_purpose_p)
+
+
+def serializable(state: Any) -> None:
+    """Let `jax.export` write the name of a NamedTuple of this package into its files."""
+    jax.export.register_namedtuple_serialization(state, serialized_name=f"msbp_jax.{state.__name__}")
+
+
+def is_symbolic(*sizes: Any) -> bool:
+    """Whether one of these sizes is a dimension variable of `jax.export`, of which little is known."""
+    return not all(isinstance(size, int | np.integer) for size in sizes)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from msbp_jax import _compat
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -119,11 +121,24 @@ def group_rows(matrix: Shaped[Array, "rows n"], rows_per_group: int | None) -> S
       `[G, r, n]` with `G = ceil(rows / r)`; no group for no rows.
     """
     rows, n = matrix.shape
-    size = max(1, rows if rows_per_group is None else min(rows_per_group, rows))
-    missing = -rows % size
-    if missing:
+    groups, size = grouping(rows, rows_per_group)
+    missing = groups * size - rows
+    if missing != 0:
         matrix = jnp.pad(matrix, ((0, missing), (0, 0)))
-    return matrix.reshape((rows + missing) // size, size, n)
+    return matrix.reshape(groups, size, n)
+
+
+def grouping(rows: int, rows_per_group: int | None) -> tuple[int, int]:
+    """Return how many groups there are and of how many rows, the last one filled up.
+
+    Args:
+      rows: How many rows there are; a dimension variable of `jax.export` will do.
+      rows_per_group: `r`; None, or more than there are rows, for one group.
+    """
+    if _compat.is_symbolic(rows):  # nobody knows whether there are so many
+        return (1, rows) if rows_per_group is None else (-(-rows // rows_per_group), rows_per_group)
+    size = max(1, rows if rows_per_group is None else min(rows_per_group, rows))
+    return -(-rows // size), size
 
 
 def take_columns(cotangent: Float[Array, "rows n"], index: Int[Array, "G k"], rows_per_group: int | None) -> Columns:

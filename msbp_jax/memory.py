@@ -29,6 +29,9 @@ class MemorizedState(NamedTuple):
     inner: State
 
 
+_compat.serializable(MemorizedState)
+
+
 def memorized(
     sparsifier: Sparsifier,
     decay: float,
@@ -130,7 +133,7 @@ class _Memorized:
 
     def weighted(self, g: jax.Array, state: MemorizedState) -> Weighted:
         p: Format
-        if self.inner.with_memory is not None and g.shape[0] > 0:
+        if self.inner.with_memory is not None and g.shape[0] != 0:
             p, left, rows = self.inner.with_memory(g, state.residual)
             total, weight = state.inner, state.inner
         else:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from msbp_jax import _compat
 from msbp_jax.formats import Columns
 
 
@@ -71,7 +72,7 @@ def check_columns(cotangent: Any) -> None:
         raise ValueError(f"cotangent.values must not be empty, got shape {values.shape}.")
     if k > n:
         raise ValueError(f"cotangent.values keeps {k} columns of a cotangent that has {n}.")
-    if not (groups - 1) * r < rows <= groups * r:
+    if not _compat.is_symbolic(groups, rows) and not (groups - 1) * r < rows <= groups * r:
         raise ValueError(f"cotangent.values has {groups} groups of {r} rows, which does not fit {rows} rows.")
 
 

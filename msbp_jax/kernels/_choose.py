@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import jax
 
+from msbp_jax import _compat
 from msbp_jax.formats import Columns
 from msbp_jax.kernels import _native_calls, _platform, _roofline
 
@@ -114,6 +115,8 @@ def selection_order(rows: int, rows_per_group: int | None) -> tuple[str, ...]:
       rows: Rows of the gradient.
       rows_per_group: Rows that share a choice; None for all.
     """
+    if _compat.is_symbolic(rows):
+        return ("xla",)
     few = min(rows, rows_per_group or rows) < SHARED_ROWS
     return ("xla",) if few and _platform.platform() != "cpu" else (*_own(), "xla")
 
@@ -121,6 +124,8 @@ def selection_order(rows: int, rows_per_group: int | None) -> tuple[str, ...]:
 def products_order(cotangent: Columns, m: int) -> tuple[str, ...]:
     """Return `fastest_first` for a compact cotangent and `m` input features."""
     rows, n = cotangent.shape
+    if _compat.is_symbolic(rows):
+        return ("xla", "dense")
     return fastest_first(rows, m, n, cotangent.kept_per_group, cotangent.rows_per_group)
 
 

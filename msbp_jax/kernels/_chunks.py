@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from msbp_jax import _compat
 from msbp_jax.kernels import _platform
 
 # A gathered or not yet scattered block may take this much. Blocks of this size still fit the last-level cache of the
@@ -21,6 +22,8 @@ def groups_at_once(groups: int, bytes_per_group: int) -> int:
     Returns:
       Between 1 and `groups`.
     """
+    if _compat.is_symbolic(groups):
+        return groups
     budget = BUDGET_BYTES if _platform.platform() == "cpu" else ACCELERATOR_BUDGET_BYTES
     limit = max(1, budget // max(1, bytes_per_group))
     if groups <= limit:

@@ -7,17 +7,22 @@ three). Holding both sides of a transpose to row-major order makes it one blocke
 
 from __future__ import annotations
 
+from typing import Any
+
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from msbp_jax.kernels import _platform
-
-_ROW_MAJOR = Layout((0, 1))
+from msbp_jax.kernels._export import unless_exported
 
 
 def row_major(matrix: Float[Array, "a b"]) -> Float[Array, "a b"]:
     """Return the matrix, computed once and stored row by row."""
-    return with_layout_constraint(matrix, _ROW_MAJOR) if _platform.platform() == "cpu" else matrix
+    return unless_exported(_row_by_row, matrix) if _platform.platform() == "cpu" else matrix
+
+
+def _row_by_row(array: Any) -> Any:
+    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
 
 def transposed(matrix: Float[Array, "a b"]) -> Float[Array, "b a"]:

@@ -19,6 +19,7 @@ import numpy as np
 from msbp_jax import _compat
 from msbp_jax.kernels import _partition, _platform
 from msbp_jax.kernels._derivative import without_derivative
+from msbp_jax.kernels._export import not_exported
 
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
@@ -61,6 +62,18 @@ def check(*arrays: jax.Array) -> None:
     for array in arrays:
         if array.dtype not in DTYPES:
             raise NotImplementedError(f"the native kernels take float32 and bfloat16, got {array.dtype}")
+        if _compat.is_symbolic(*array.shape):
+            raise NotImplementedError(f"the native kernels take arrays of known sizes, got {array.shape}")
+
+
+def check_entries(entries: int) -> None:
+    """Decline what the kernels cannot count: they number entries with 32 bits.
+
+    Raises:
+      NotImplementedError: There are too many.
+    """
+    if entries >= 2**31:
+        raise NotImplementedError(f"the native kernels number up to 2^31 kept entries, got {entries}")
 
 
 def call(
@@ -85,7 +98,8 @@ def call(
     """
     _register()
     numbers = {key: _number(value) for key, value in attributes.items()}
-    alike, varies, result = _compat.varying_alike(operands)
+    first, *others = operands
+    alike, varies, result = _compat.varying_alike([not_exported(first, _NOT_EXPORTED), *others])
 
     def call_for(shapes: Sequence[tuple[tuple[int, ...], Any]]) -> _partition.Call:
         types = [result(shape, dtype) for shape, dtype in shapes]
@@ -98,6 +112,12 @@ def call(
     way = _partition.SPLITS[key]
     split_call = _partition.partitioned(way, rows, group, results, call_for, choose_together)
     return list(without_derivative(name, "native", split_call)(*alike))
+
+
+_NOT_EXPORTED = (
+    "jax.export cannot write native kernels into a file, which another machine may not have. Export a program without them: "
+    'pass backend="xla" to sparse_vjp, and to top_k.'
+)
 
 
 def _number(value: Any) -> Any:

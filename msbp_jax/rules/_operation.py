@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from msbp_jax import _compat
 from msbp_jax.formats import Columns
 
 type Shape = tuple[int, ...]
@@ -43,7 +44,7 @@ class Dims(NamedTuple):
     @property
     def rows_per_example(self) -> int:
         """Rows that the output has for each entry of its leading axis."""
-        return self.rows // max(1, self.examples)
+        return self.rows // (self.examples if _compat.is_symbolic(self.examples) else max(1, self.examples))
 
 
 @runtime_checkable

@@ -133,12 +133,13 @@ def _products(
 ) -> tuple[jax.Array, jax.Array, list[Carriers], dict[str, jax.Array]]:
     operation, state = rule.operation, bits_as_keys(state, rule.kinds)
     dims = operation.dims(operands[0].shape, operands[1].shape, g.shape)
+    density = jnp.ones((), jnp.float32)
     if rule.observe == "dense":
-        density, total, weight = jnp.ones((), jnp.float32), state, state
+        total, weight = state, state
         dlhs, drhs = dense_products(operation, operands, g)
     else:
         p, total, weight = _sparsify(rule.sparsifier, operation.canonical_g(g, operands), state, dims)
-        density = _density(p, dims)
+        density = _density(p, dims) if observed else density
         if isinstance(p, Columns):
             dlhs, drhs = operation.products(operands, p, g.shape, rule.backend)
         else:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from msbp_jax.formats import Columns, take_columns
+from msbp_jax import _compat
+from msbp_jax.formats import Columns, grouping, take_columns
 from msbp_jax.sparsifiers._base import (
     EXAMPLE,
     Count,
@@ -30,6 +31,9 @@ class RandomKState(NamedTuple):
     """
 
     key: jax.Array
+
+
+_compat.serializable(RandomKState)
 
 
 def random_k(
@@ -95,7 +99,7 @@ class _RandomK:
     def apply(self, u: jax.Array, state: RandomKState) -> tuple[Columns, RandomKState]:
         (rows, n), group = u.shape, rows_of(self.group)
         kept = self.count.of(n)
-        groups = -(-rows // max(1, min(group or rows, rows)))
+        groups, _ = grouping(rows, group)
         next_key, draw = jax.random.split(state.key)
         # The k largest of n uniform numbers are a uniform draw without replacement; ties cannot bias it towards
         # either side of an index often enough to be seen (24 random bits).

@@ -22,6 +22,7 @@ def grad_input(
     del precision
     cotangent = cotangent.dequantized(weight.dtype)
     _native_calls.check(cotangent.values, weight)
+    _native_calls.check_entries(cotangent.values.size)
     results = [((cotangent.shape[0], weight.shape[1 - feature_axis]), jnp.float32)]
     operands = [cotangent.values, cotangent.index, weight]
     split = ("native grad_input", cotangent.shape[0], cotangent.rows_per_group)

@@ -21,6 +21,7 @@ def grad_weight(
     del precision
     cotangent = cotangent.dequantized(inputs.dtype)
     _native_calls.check(cotangent.values, inputs)
+    _native_calls.check_entries(cotangent.values.size)
     m, n = inputs.shape[1], cotangent.shape[1]
     results = [((m, n) if feature_axis == 1 else (n, m), jnp.float32)]
     operands = [cotangent.values, cotangent.index, inputs]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from msbp_jax import _compat
 from msbp_jax.formats import Columns, accumulation_dtype, group_rows
 from msbp_jax.kernels._chunks import groups_at_once
 from msbp_jax.kernels._dot import dot
@@ -31,7 +32,7 @@ def grad_weight(
     n = cotangent.shape[1]
     grouped = group_rows(inputs, size)
     accumulator = accumulation_dtype(cotangent.values.dtype, inputs.dtype)
-    if groups > 1 and not _pays_to_spread(groups * k, n, inputs.shape[1] * n * jnp.dtype(accumulator).itemsize):
+    if groups != 1 and not _pays_to_spread(groups * k, n, inputs.shape[1] * n * jnp.dtype(accumulator).itemsize):
         rows = _add_rows(cotangent.values, grouped, cotangent.index, n, accumulator, precision)
         return (rows if feature_axis == 0 else transposed(rows)).astype(dtype or accumulator)
     slot = _slots(cotangent.index, n)
@@ -48,7 +49,7 @@ def grad_weight(
 
 def _pays_to_spread(kept: int, n: int, result_bytes: int) -> bool:
     """Whether to add up in a smaller block: it spares a pass over a result too large for the cache, and costs ops."""
-    return kept < n and result_bytes > _SPREAD_FROM_BYTES
+    return not _compat.is_symbolic(kept) and kept < n and result_bytes > _SPREAD_FROM_BYTES
 
 
 def _slots(index: Int[Array, "G k"], n: int) -> Int[Array, " n"]:

@@ -18,6 +18,7 @@ def select(cotangent: Float[Array, "rows n"], k: int, rows_per_group: int | None
     rows, n = cotangent.shape
     r = min(rows_per_group or rows, rows)
     groups = -(-rows // r)
+    _native_calls.check_entries(groups * r * k)
     results = [((groups, r, k), cotangent.dtype), ((groups, k), jnp.int32)]
     split = ("select", rows, r)
     together = functools.partial(xla.together, k)

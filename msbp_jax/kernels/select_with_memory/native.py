@@ -20,6 +20,7 @@ def select_with_memory(
     rows, n = cotangent.shape
     r = min(rows_per_group or rows, rows)
     groups = -(-rows // r)
+    _native_calls.check_entries(groups * r * k)
     by_slot = memory.ndim == 2
     kept = [((groups, r, k), cotangent.dtype), ((groups, k), jnp.int32)]
     left = [(memory.shape, jnp.float32), ((rows, 1) if by_slot else (1,), jnp.float32)]
