@@ -1,8 +1,12 @@
-"""Backward of a convolution, dense over sparse, for layers of a ResNet-18: selection with memory, dx and dw."""
+"""Backward of a convolution, dense over sparse, on a grid of layers: selection with memory, dx and dw.
+
+Of groups smaller than the batch it measures both paths: products on patches of the input, and the whole convolution on
+the sparse gradient. What `kernels/_patches_pay.py` chooses is held to this grid by a test.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,42 +14,94 @@ from jax import lax
 
 import msbp_jax as msbp
 from benchmarks.timing import Timed, medians, timed
-
-BATCH = 32
-SHAPES = ((56, 64), (28, 128), (14, 256))  # height and width, channels in and out
-DENSITIES = (0.25, 0.1)
-GROUPS: dict[str, int | str | None] = {"batch": None, "image": "example", "128": 128}
+from msbp_jax import kernels
 
 
-def convolution(w: jax.Array, x: jax.Array) -> jax.Array:
-    """Return a 3 x 3 convolution, stride 1, as all but the first of each stage's are."""
-    return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+class Layer(NamedTuple):
+    """A convolution of square images.
+
+    Attributes:
+      batch: Images.
+      size: Height and width of the input.
+      channels_in: Features of the input.
+      channels_out: Features of the output.
+      window: Height and width of the kernel.
+      stride: Along both axes.
+    """
+
+    batch: int
+    size: int
+    channels_in: int
+    channels_out: int
+    window: int
+    stride: int
+
+
+# Stages of a ResNet-18, bottlenecks of a ResNet-50, networks for CIFAR, MNIST and Atari.
+LAYERS = (
+    Layer(8, 56, 64, 64, 3, 1),
+    Layer(32, 28, 128, 128, 3, 1),
+    Layer(32, 14, 256, 256, 3, 1),
+    Layer(32, 7, 512, 512, 3, 1),
+    Layer(16, 56, 64, 128, 3, 2),
+    Layer(16, 28, 128, 256, 3, 2),
+    Layer(8, 56, 64, 256, 1, 1),
+    Layer(8, 56, 256, 64, 1, 1),
+    Layer(8, 56, 64, 64, 1, 1),
+    Layer(32, 14, 256, 1024, 1, 1),
+    Layer(32, 14, 1024, 256, 1, 1),
+    Layer(32, 32, 3, 32, 3, 1),
+    Layer(32, 16, 64, 64, 3, 1),
+    Layer(32, 14, 32, 64, 3, 1),
+    Layer(32, 16, 64, 128, 3, 1),
+    Layer(32, 20, 32, 64, 4, 2),
+    Layer(32, 9, 64, 64, 3, 1),
+)
+DENSITIES = (0.04, 0.1, 0.25)
+GROUPS: dict[str, int | str | None] = {"1": 1, "32": 32, "image": "example"}
+
+
+def convolution(layer: Layer, w: jax.Array, x: jax.Array) -> jax.Array:
+    """Return the convolution of a layer."""
+    stride = (layer.stride, layer.stride)
+    return lax.conv_general_dilated(x, w, stride, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
-    """Return, for each layer and density, the time of the dense backward over that of each group size."""
+    """Return, for each layer and density, the time of the dense backward over that of each group size and path."""
     table = []
-    for size, channels in SHAPES:
+    on_patches = "native" if "native" in msbp.backends()["grad_input"] else "xla"
+    for layer in LAYERS:
         keys = jax.random.split(jax.random.key(0), 3)
-        x, g = (jax.random.normal(key, (BATCH, size, size, channels)) for key in keys[:2])
-        w = jax.random.normal(keys[2], (3, 3, channels, channels)) / (9 * channels) ** 0.5
+        x = jax.random.normal(keys[0], (layer.batch, layer.size, layer.size, layer.channels_in))
+        fan_in = layer.window**2 * layer.channels_in
+        w = jax.random.normal(keys[1], (layer.window, layer.window, layer.channels_in, layer.channels_out))
+        w = w / fan_in**0.5
+        g = jax.random.normal(keys[2], convolution(layer, w, x).shape)
         for density in DENSITIES:
-            calls: dict[str, Timed] = {
-                "dense": timed(jax.jit(lambda w, x, g: jax.vjp(convolution, w, x)[1](g)), w, x, g)
-            }
+            dense = jax.jit(lambda w, x, g, layer=layer: jax.vjp(lambda w, x: convolution(layer, w, x), w, x)[1](g))
+            calls: dict[str, Timed] = {"dense": timed(dense, w, x, g)}
+            calls["batch"] = timed(_backward(layer, density, None, None, w, x), w, x, g)
             for name, group in GROUPS.items():
-                s = msbp.memorized(msbp.top_k(density=density, rows_per_group=group), decay=0.8)
-                calls[name] = timed(jax.jit(_backward(s, w, x)), w, x, g)
+                for path, backend in (("patches", on_patches), ("whole", "dense")):
+                    calls[f"{name}, {path}"] = timed(_backward(layer, density, group, backend, w, x), w, x, g)
             ms = medians(calls, rounds, warm_up=1)
-            row: dict[str, Any] = {"layer": f"{BATCH} x {size} x {size} x {channels}, 3 x 3", "density": density}
-            row["dense_ms"] = round(ms["dense"], 1)
-            table.append(row | {f"dense/sparse {name}": round(ms["dense"] / ms[name], 2) for name in GROUPS})
+            row: dict[str, Any] = dict(layer._asdict()) | {"density": density, "dense_ms": round(ms["dense"], 2)}
+            row |= {f"dense/{name}": round(ms["dense"] / ms[name], 2) for name in calls if name != "dense"}
+            row["chosen"] = "patches" if chosen(layer) else "whole"
+            table.append(row)
             print(table[-1], flush=True)
     return table
 
 
-def _backward(sparsifier: msbp.Sparsifier, w: jax.Array, x: jax.Array) -> Any:
-    f = msbp.sparse_vjp(convolution, sparsifier)
+def chosen(layer: Layer) -> bool:
+    """Return whether patches are chosen for a layer where nothing is said."""
+    return kernels.patches_pay(layer.channels_in, layer.channels_out, layer.window**2, layer.stride**2)
+
+
+def _backward(layer: Layer, density: float, group: Any, backend: str | None, w: jax.Array, x: jax.Array) -> Any:
+    s = msbp.memorized(msbp.top_k(density=density, rows_per_group=group), decay=0.8)
+    f = msbp.sparse_vjp(lambda w, x: convolution(layer, w, x), s, min_features=1, backend=backend)
     memory = f.init_memory(w, x)
 
     def backward(w: jax.Array, x: jax.Array, g: jax.Array) -> Any:
@@ -53,4 +109,4 @@ def _backward(sparsifier: msbp.Sparsifier, w: jax.Array, x: jax.Array) -> Any:
         loss = lambda p, m: jnp.vdot(f(p["w"], p["x"], memory=m), g)
         return msbp.value_and_grad(loss)({"w": w, "x": x}, memory)[1:]
 
-    return backward
+    return jax.jit(backward)

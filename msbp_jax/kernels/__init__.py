@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from msbp_jax.formats import Columns
 from msbp_jax.kernels import _arguments, _choose, _dispatch
+from msbp_jax.kernels._patches_pay import patches_pay as patches_pay
 from msbp_jax.kernels._platform import names as _names
 from msbp_jax.kernels.grad_input import IMPLEMENTATIONS as _GRAD_INPUT
 from msbp_jax.kernels.grad_weight import IMPLEMENTATIONS as _GRAD_WEIGHT

@@ -115,7 +115,8 @@ def call(
 
 
 _NOT_EXPORTED = (
-    "jax.export cannot write native kernels into a file, which another machine may not have. Export a program without them: "
+    "jax.export cannot write native kernels into a file, which another machine may not have. Export a program "
+    "without them: "
     'pass backend="xla" to sparse_vjp, and to top_k.'
 )
 

@@ -1,7 +1,8 @@
 """`lax.conv_general_dilated` as an operation of a rule: rows are the positions of all images, n the output channels.
 
 One choice for the whole batch makes both products convolutions with fewer output channels. Other groups go through the
-kernels, on the patches of the input. Grouped convolutions (depthwise among them) run whole, on the sparse gradient.
+kernels, on the patches of the input, where that is faster; else the convolution runs whole, on the sparse gradient, as
+grouped convolutions (depthwise among them) always do.
 """
 
 from __future__ import annotations
@@ -64,16 +65,26 @@ class Convolution:
         shape = [out[axis] for axis in order[:-1]]
         return jnp.transpose(g.reshape(*shape, g.shape[-1]), _inverse(order))
 
-    def path(self, groups: int) -> str:
-        """Return "narrow" for one choice, "patches" for several, "dense" for a grouped convolution."""
-        if self.feature_group_count > 1 or self.batch_group_count > 1:
+    def path(self, groups: int, lhs: Shape, rhs: Shape, backend: str | None) -> str:
+        """Return "narrow" for one choice, "dense" for a grouped convolution.
+
+        Several choices: "patches" where the kernels are asked for by name, or patches are measured to be faster than
+        the dense backward, else "dense".
+        """
+        del lhs
+        if self.feature_group_count > 1 or self.batch_group_count > 1 or backend == "dense":
             return "dense"
-        return "narrow" if groups == 1 else "patches"
+        if groups == 1:
+            return "narrow"
+        features_out, features_in, *spatial = self.dimension_numbers.rhs_spec
+        window, stride = math.prod(rhs[axis] for axis in spatial), math.prod(self.window_strides)
+        pay = kernels.patches_pay(rhs[features_in], rhs[features_out], window, stride)
+        return "patches" if backend is not None or pay else "dense"
 
     def products(self, operands: Operands, p: Columns, out: Shape, backend: str | None) -> tuple[jax.Array, jax.Array]:
         """Return the gradients of images and kernel."""
         x, w = operands
-        match self.path(p.index.shape[0]):
+        match self.path(p.index.shape[0], x.shape, w.shape, backend):
             case "narrow":
                 axis = self.dimension_numbers.rhs_spec[0]
                 g = self.program_g(p.dequantized(w.dtype).values[:, : p.shape[0]], operands, out)

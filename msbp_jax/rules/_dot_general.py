@@ -59,9 +59,9 @@ class DotGeneral:
         """Return a canonical gradient in the shape that the program has."""
         return self._algebra(operands).program_g(g, out)
 
-    def path(self, groups: int) -> str:
+    def path(self, groups: int, lhs: Shape, rhs: Shape, backend: str | None) -> str:
         """Return "rows": the kernels take any groups."""
-        del groups
+        del groups, lhs, rhs, backend
         return "rows"
 
     def products(self, operands: Operands, p: Columns, out: Shape, backend: str | None) -> tuple[jax.Array, jax.Array]:

@@ -67,8 +67,8 @@ class Operation(Protocol):
         """Return a canonical gradient in the shape `out` that the program has."""
         ...
 
-    def path(self, groups: int) -> str:
-        """Say how `products` works on so many groups.
+    def path(self, groups: int, lhs: Shape, rhs: Shape, backend: str | None) -> str:
+        """Say how `products` works on so many groups, for operands of these shapes.
 
         "rows": by the kernels; "patches": by the kernels, on patches; "narrow": as the same contraction with the kept
         features only; "dense": as the whole contraction, on the sparse gradient.

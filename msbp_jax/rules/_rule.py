@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from msbp_jax import _compat
 from msbp_jax.formats import Columns, Format
 from msbp_jax.rules._dims import Side
-from msbp_jax.rules._member_keys import member_keys
+from msbp_jax.rules._members import each_member, member_keys
 from msbp_jax.rules._operation import Dims, Operands, Operation, dense_products
 from msbp_jax.rules._way_back import Carriers, given
 from msbp_jax.sparsifiers._base import Sparsifier, State, Weighted
@@ -145,8 +145,7 @@ def _products(
         else:
             values = p.values if dims.batch_shape else p.values[None]
             dlhs, drhs = dense_products(operation, operands, operation.program_g(values, operands, g.shape))
-    leaves = zip(*map(jax.tree.leaves, (state, total, weight)), strict=True)
-    returned = [given(*leaf) for leaf in leaves] if remembers else []
+    returned = _returned(state, total, weight, g) if remembers else []
     look: dict[str, jax.Array] = {}
     if observed:
         new = settled(state, total, weight) if rule.observe == "sparse" else state
@@ -154,6 +153,15 @@ def _products(
         norm = jnp.sqrt(sum((jnp.sum(leaf**2) for leaf in numbers), jnp.zeros((), jnp.float32)))
         look = {"dw": dlhs if rule.side == "lhs" else drhs, "density": density, "norm": norm}
     return dlhs, drhs, returned, look
+
+
+def _returned(state: State, total: State, weight: State, g: jax.Array) -> list[Carriers]:
+    """Return the cotangents of the carriers of every leaf; numbers depend on g by their weights, the rest may not."""
+    leaves = zip(*map(jax.tree.leaves, (state, total, weight)), strict=True)
+    return [
+        own if averages(old) else tuple(each_member(one, g) for one in own)
+        for old, own in ((leaf[0], given(*leaf)) for leaf in leaves)
+    ]
 
 
 _compat.define_vjp_with_logs(_contract, _forward, _backward)

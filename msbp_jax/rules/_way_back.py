@@ -236,7 +236,7 @@ def given(old: jax.Array, total: jax.Array, weight: jax.Array) -> Carriers:
         return (jnp.ones(old.shape, jnp.float32),)
     if old.dtype == jnp.bool_:
         return total.astype(jnp.float32), jnp.ones(old.shape, jnp.float32)
-    change = _as_unsigned(total) - _as_unsigned(old)
+    change = _widened(_as_unsigned(total) - _as_unsigned(old))
     mask = jnp.asarray(2**_DIGIT_BITS - 1, change.dtype)
     shifts = [jnp.asarray(_DIGIT_BITS * place, change.dtype) for place in range(_digits(old))]
     return tuple((jnp.right_shift(change, shift) & mask).astype(jnp.float32) for shift in shifts)
@@ -264,10 +264,9 @@ def _collected(old: jax.Array, series: jax.Array | None, cotangents: Carriers) -
         total, ran = cotangents
         return jnp.where(ran > 0, total > 0, old)
     unsigned = _as_unsigned(old)
-    change = sum(
-        (digit.astype(unsigned.dtype) << jnp.asarray(_DIGIT_BITS * place, unsigned.dtype))
-        for place, digit in enumerate(cotangents)
-    )
+    wide = _widened(unsigned).dtype
+    digits = [(d.astype(wide) << jnp.asarray(_DIGIT_BITS * place, wide)) for place, d in enumerate(cotangents)]
+    change = sum(digits[1:], digits[0]).astype(unsigned.dtype)
     return jax.lax.bitcast_convert_type(unsigned + change, old.dtype)
 
 
@@ -293,6 +292,10 @@ def _digits(leaf: jax.Array) -> int:
 
 def _as_unsigned(leaf: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
+
+
+def _widened(unsigned: jax.Array) -> jax.Array:
+    return unsigned if unsigned.dtype.itemsize >= 4 else unsigned.astype(jnp.uint32)
 
 
 def _is_marked(node: Any) -> bool:

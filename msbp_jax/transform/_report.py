@@ -109,7 +109,8 @@ def _sparse_row(site: Site, backend: str | None) -> SparseRow:
     assert site.operation is not None
     dims, kept = site.dims, _kept(site)
     k, group = kept or (None, None)
-    path = "" if group is None else site.operation.path(-(-dims.rows // group))
+    shapes = site.found.lhs.shape, site.found.rhs.shape
+    path = "" if group is None else site.operation.path(-(-dims.rows // group), *shapes, backend)
     chosen = ""
     if kept is not None:
         chosen = backend or _choose.fastest_first(dims.rows, dims.m, dims.n, *kept)[0]
@@ -135,13 +136,24 @@ def _sparse_row(site: Site, backend: str | None) -> SparseRow:
 
 def _warning(site: Site, path: str, kept: tuple[int, int] | None, backend: str | None) -> str:
     if path == "dense":
+        if site.found.primitive == "conv_general_dilated" and backend is None and not _is_grouped(site):
+            return (
+                "it is slower than the dense backward (by the selection): its products run whole, on the sparse "
+                "gradient, as products on patches are not measured to be faster for a convolution of this kind here. "
+                "rows_per_group=None makes it smaller convolutions; msbp.dense() leaves it out."
+            )
         return (
-            "its products run whole, on the sparse gradient: a grouped contraction gains nothing from groups of rows. "
-            "It can be left dense."
+            "its products run whole, on the sparse gradient, which is slower than the dense backward (by the "
+            "selection): a grouped contraction gains nothing from groups of rows. msbp.dense() leaves it out."
         )
     if kept is None or path != "rows":
         return ""
     return _choose.warning(site.dims.rows, site.dims.m, site.dims.n, *kept, backend)
+
+
+def _is_grouped(site: Site) -> bool:
+    counts = site.found.params["feature_group_count"], site.found.params["batch_group_count"]
+    return max(counts) > 1
 
 
 def _kept(site: Site) -> tuple[int, int] | None:

@@ -25,8 +25,7 @@ def _small(monkeypatch):
     monkeypatch.setattr(choice, "GROUPS", (1, None))
     x, y = jnp.ones((8, 784)), jnp.zeros(8, jnp.int32)
     small = [models.Setting("MLP", models.MLP(64, 3), x, y, 4, (64, 3, 8))]
-    monkeypatch.setattr(convolutions, "SHAPES", ((6, 16),))
-    monkeypatch.setattr(convolutions, "BATCH", 2)
+    monkeypatch.setattr(convolutions, "LAYERS", (convolutions.Layer(2, 6, 16, 16, 3, 1),))
     monkeypatch.setattr(steps, "large_transformer", lambda: small[0])
     monkeypatch.setattr(steps, "settings", lambda: small)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

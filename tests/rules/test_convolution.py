@@ -1,5 +1,8 @@
 """Convolutions of any geometry against a masked twin: plain JAX whose output's gradient is masked."""
 
+import json
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ from jax import lax
 from twins import assert_trees_close, assert_trees_equal, masked
 
 import msbp_jax as msbp
+from benchmarks import convolutions
 
 N, K = 12, 3
 
@@ -66,6 +70,7 @@ def gradients(function, w, x):
 ALL_GROUPS = ("2d same", "2d strided and dilated", "2d transposed", "3d")
 
 
+@pytest.mark.parametrize("backend", ["xla", "dense"])  # on patches, and whole
 @pytest.mark.parametrize(
     ("name", "group"),
     [
@@ -75,12 +80,12 @@ ALL_GROUPS = ("2d same", "2d strided and dilated", "2d transposed", "3d")
         if name != "2d mixed order"
     ],
 )
-def test_masked_twin(name, group):
+def test_masked_twin(name, group, backend):
     spatial, window, how = GEOMETRIES[name]
     function, x, w, axis = convolution(spatial, window, **dict(how))
     y = function(w, x)
     rows = y.size // (N * y.shape[0]) if group == "example" else group
-    f = msbp.sparse_vjp(function, msbp.top_k(k=K, rows_per_group=group), min_features=1)
+    f = msbp.sparse_vjp(function, msbp.top_k(k=K, rows_per_group=group), min_features=1, backend=backend)
     memory = f.init_memory(w, x)
     grads = gradients(lambda w, x: f(w, x, memory=memory), w, x)
     assert_trees_close(grads, gradients(twin_of(function, axis, rows), w, x), rtol=5e-5)
@@ -119,6 +124,38 @@ def test_one_choice_for_the_batch_runs_smaller_convolutions():
         f"x{K}x" in line for line in results
     )
     assert not any(f"x{N}x" in line for line in results)
+
+
+LAYERS = json.loads((pathlib.Path(__file__).parents[2] / "benchmarks/results/results.json").read_text())["conv"]["rows"]
+
+
+@pytest.mark.skipif("native" not in msbp.backends()["select"], reason="the native kernels were not built")
+def test_patches_are_chosen_where_they_are_measured_to_be_faster_than_dense():
+    assert len(LAYERS) > 40
+    chosen = {True: 0, False: 0}
+    for row in LAYERS:
+        layer = convolutions.Layer(*(row[field] for field in convolutions.Layer._fields))
+        times = {name: ratio for name, ratio in row.items() if "patches" in name and name != "chosen"}
+        on_patches = convolutions.chosen(layer)
+        chosen[on_patches] += 1
+        assert not on_patches or min(times.values()) > 1, row
+        assert row["dense/batch"] > 0.9, row
+    assert min(chosen.values()) >= 15
+
+
+def test_the_report_says_how_a_convolution_runs_and_whether_it_pays():
+    conv = lambda w, x: lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    x, w = jnp.ones((32, 16, 16, 64)), jnp.ones((3, 3, 64, 64))
+    (row,) = msbp.sparse_vjp(conv, msbp.top_k(density=0.1, rows_per_group=32)).report(w, x).sparse
+    assert (row.backend, row.saved) == ("xla, dense", 0.0)
+    assert "slower than the dense backward" in row.warning
+    assert "patches are not measured to be faster" in row.warning
+    (row,) = msbp.sparse_vjp(conv, msbp.top_k(density=0.1, rows_per_group=32), backend="xla").report(w, x).sparse
+    assert (row.backend, row.saved) == ("xla, patches", pytest.approx(1 - 6 / 64))
+    if "native" in msbp.backends()["select"]:
+        deep = jnp.ones((32, 14, 14, 256)), jnp.ones((3, 3, 256, 256))
+        (row,) = msbp.sparse_vjp(conv, msbp.top_k(density=0.1, rows_per_group=32)).report(deep[1], deep[0]).sparse
+        assert (row.backend, row.warning) == ("native, patches", "")
 
 
 @pytest.mark.parametrize("group", [1, 4, None])
