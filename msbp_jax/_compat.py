@@ -40,7 +40,9 @@ from jax.extend.core.primitives import jit_p as jit_p
 from jax.extend.core.primitives import remat_p as remat_p
 from jax.extend.core.primitives import scan_p as scan_p
 from jax.extend.core.primitives import while_p as while_p
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad as ad
+from jax.interpreters import batching as batching
+from jax.interpreters import mlir as mlir
 
 # The tracers of forward-mode and reverse-mode differentiation. Only the first is exported, so both go by name.
 _DIFFERENTIATION_TRACERS = frozenset({"JVPTracer", "LinearizeTracer"})
@@ -328,35 +330,9 @@ def constrained(values: Any, shardings: Any) -> list[Any]:
     ]
 
 
-_by_purpose_p = Primitive("msbp_by_purpose")
-
-
-def lowered_by_purpose(array: jax.Array, *, hint: Callable[[jax.Array], jax.Array] | None, refusal: str) -> jax.Array:
-    """Return an array, through `hint` where the program is to run in this process.
-
-    Where it is lowered for `jax.export`, it is the array itself, or an error.
-
-    Args:
-      array: Any.
-      hint: A function that returns its argument, computed in some way; None for none.
-      refusal: Message of the `NotImplementedError` that exporting raises; "" to export.
-    """
-    return _by_purpose_p.bind(array, hint=hint, refusal=refusal)
-
-
-def _lower_by_purpose(ctx: Any, array: Any, *, hint: Any, refusal: str) -> Any:
-    exported = getattr(ctx.module_context.lowering_parameters, "for_export", False)
-    if exported and refusal:
-        raise NotImplementedError(refusal)
-    function = (lambda x: x) if exported or hint is None else hint
-    return mlir.lower_fun(function, multiple_results=False)(ctx, array)
-
-
-_by_purpose_p.def_impl(lambda array, *, hint, refusal: array if hint is None else hint(array))
-_by_purpose_p.def_abstract_eval(lambda array, *, hint, refusal: array)
-mlir.register_lowering(_by_purpose_p, _lower_by_purpose)
-ad.deflinear2(_by_purpose_p, lambda cotangent, array, **params: [cotangent])
-batching.defvectorized(_by_purpose_p)
+def exporting(context: Any) -> bool:
+    """Whether the program that a lowering rule is asked to lower goes into a file of `jax.export`."""
+    return bool(getattr(context.module_context.lowering_parameters, "for_export", False))
 
 
 def serializable(state: Any) -> None:
