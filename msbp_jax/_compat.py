@@ -270,6 +270,7 @@ _PARAMETERS: dict[Any, tuple[set[str], set[str]]] = {
     scan_p: ({"jaxpr", "length", "reverse", "unroll", "ft_in", "ft_out"}, set()),
     cond_p: ({"branches"}, {"branches_platforms"}),
     closed_call_p: ({"call_jaxpr"}, set()),
+    while_p: ({"cond_jaxpr", "cond_nconsts", "body_jaxpr", "body_nconsts"}, set()),
     _SHARD_MAP: ({"jaxpr", "mesh", "in_specs", "out_specs", "check_vma", "newly_manual_axes"}, set()),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from jax import lax
@@ -32,12 +33,25 @@ def operation_of(primitive: str, params: dict[str, Any], side: Side) -> Operatio
       NotImplementedError: No rule takes it; the message says why.
     """
     if primitive == "dot_general":
-        return DotGeneral(side=side, **params)
+        return _made(DotGeneral, {"side": side, **params})
     if side == "lhs":
         raise NotImplementedError(f"the parameter is the left operand of {primitive}")
     if primitive == "conv_general_dilated":
-        return Convolution(**params)
-    dimension_numbers = params.pop("ragged_dot_dimension_numbers")
-    if dimension_numbers != _PLAIN_RAGGED_DOT or params.pop("out_sharding", None) is not None:
+        return _made(Convolution, params)
+    known = dict(params)
+    dimension_numbers = known.pop("ragged_dot_dimension_numbers", None)
+    if dimension_numbers != _PLAIN_RAGGED_DOT or known.pop("out_sharding", None) is not None:
         raise NotImplementedError("a ragged product of another form than lax.ragged_dot's")
-    return RaggedDot(**params)
+    return _made(RaggedDot, known)
+
+
+def _made(operation: Any, params: dict[str, Any]) -> Operation:
+    """Return an operation of an equation's parameters: of one that another JAX added, nobody knows what it means."""
+    fields = dataclasses.fields(operation)
+    if unknown := sorted(set(params) - {field.name for field in fields}):
+        raise NotImplementedError(f"its parameter {', '.join(unknown)} is not known to this version of msbp_jax")
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+    if missing := sorted(needed - set(params)):
+        raise NotImplementedError(f"it lacks the parameter {', '.join(missing)} in this version of JAX")
+    made: Operation = operation(**params)
+    return made

@@ -288,6 +288,9 @@ class _Walk:
 
     def _opaque(self, eqn: _compat.JaxprEqn, inputs: list[Source], at: _At) -> None:
         """Look into a body that is left alone, so that the report can name what is there."""
+        operands = inputs[1:] if eqn.primitive.name == "cond" else inputs  # not what chooses the branch
         for number, body in enumerate(_compat.jaxprs_in_params(eqn.params)):
-            arguments = inputs if len(body.invars) == len(inputs) else [union(inputs)] * len(body.invars)
-            self.jaxpr(_compat.closed(body), arguments, at.inside(number))
+            alike = len(body.invars) == len(operands)
+            self.jaxpr(
+                _compat.closed(body), operands if alike else [union(inputs)] * len(body.invars), at.inside(number)
+            )

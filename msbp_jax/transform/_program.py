@@ -174,7 +174,7 @@ def trace(
         dataclasses.replace(DATA if id(const) in data else CONSTANT, moves=moves(const)) for const in jaxpr.consts
     ]
     found = discover(jaxpr, sources, constants)
-    if not any(contraction.side for contraction in found):
+    if not any(contraction.side or contraction.sealed for contraction in found):
         names = ", ".join(path for path, _ in parameters)
         raise ValueError(
             f"No contraction has one of the parameters ({names}) on one side, so there is nothing to make sparse. "

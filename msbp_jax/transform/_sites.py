@@ -130,16 +130,17 @@ def name_sites(found: Sequence[Found], parameters: Sequence[tuple[str, int]], pl
       plan: Which sparsifier each site gets.
     """
     uses: collections.Counter[str] = collections.Counter()
-    sites = []
-    for contraction_found in found:
-        name = _name(contraction_found, parameters)
+    names = {}
+    # Those that are left alone come last, so that a branch for another platform takes no name from the one that runs.
+    for contraction in sorted(found, key=lambda contraction: bool(contraction.sealed)):
+        name = _name(contraction, parameters)
         uses[name] += 1
         if name.startswith("@"):
             name = f"{name}_{uses[name] - 1}"
         elif uses[name] > 1:
             name = f"{name}#{uses[name]}"
-        sites.append(_site(name, contraction_found, plan))
-    return sites
+        names[contraction.place] = name
+    return [_site(names[contraction.place], contraction, plan) for contraction in found]
 
 
 def init_memory(sites: Sequence[Site], label: str) -> dict[str, State]:
