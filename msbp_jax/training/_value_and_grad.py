@@ -31,7 +31,8 @@ def value_and_grad(
       has_aux: Whether `loss_fn` returns something besides the loss.
       microbatches: Into how many equal parts to cut the batch, one backward each: every array in `args` and `kwargs` is
         cut along its leading axis, a PRNG key is split, and anything else is passed on. Losses and gradients are the
-        means over the parts, `aux` is stacked, and the memory goes from one part to the next.
+        means over the parts, `aux` is stacked, and the memory goes from one part to the next. The parts are a
+        `lax.scan`, which JAX compiles anew at every call outside of `jax.jit`.
 
     Returns:
       A function of the same arguments that returns `(loss, grads, memory)`, or `((loss, aux), grads, memory)`. `grads`
