@@ -140,6 +140,16 @@ def _keeps_its_own(eqn: _compat.JaxprEqn) -> str:
     return f"inside {eqn.primitive.name}, a primitive that this version of msbp_jax does not look into"
 
 
+def _scaled(eqn: _compat.JaxprEqn, inputs: list[Source]) -> Source | None:
+    """Return the source of a weight times a number, or divided by one, which is a weight whatever the number is."""
+    if eqn.primitive.name not in ("mul", "div"):
+        return None
+    for weight, number in ((0, 1), (1, 0))[: 2 if eqn.primitive.name == "mul" else 1]:
+        if inputs[weight].is_weight and _compat.shape_of(eqn.invars[number]).shape == ():
+            return dataclasses.replace(union(inputs), data=False)
+    return None
+
+
 def _why_not_run(eqn: _compat.JaxprEqn) -> list[str]:
     """Return, for each branch of a `cond`, why it never runs here; "" for those that do, or may."""
     platforms = eqn.params.get("branches_platforms")
@@ -214,7 +224,7 @@ class _Walk:
                 return self._shard_map(eqn, inputs, at)
             case _:
                 self._opaque(eqn, inputs, at.sealed_by(_keeps_its_own(eqn)))
-        result = union(inputs)
+        result = _scaled(eqn, inputs) or union(inputs)
         if eqn.primitive.name == "stop_gradient":
             result = result.stopped()
         elif eqn.primitive.name in _MADE_ALIKE:  # the same on all devices, whatever it was made from

@@ -1,7 +1,8 @@
 """Data flow: what every variable of a program was made from, as far as finding parameters needs it.
 
 A variable that depends on parameters and on nothing the data touches is a weight, however it was reshaped, cast, tied,
-scaled or put together from several leaves. Everything that any example argument reaches is data.
+scaled or put together from several leaves. Everything else that any example argument reaches is data; but a weight
+times a number is a weight, be the number written in the program or an argument.
 """
 
 from __future__ import annotations
