@@ -75,8 +75,8 @@ def value_and_grad(
             _closed(passages, None)
             raise
         returned, own = nnx.filter_state(grads, Carrier, ...)
-        own, returned = all_at_once((own, returned))
-        _closed(passages, dict(_by_module(model, returned)))
+        own, by_module = all_at_once((own, dict(_by_module(model, returned))))
+        _closed(passages, by_module)
         return result, own
 
     def wrapped(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -181,13 +181,13 @@ def _closed(passages: list[tuple[SparseNNXModule, dict[str, Passage]]], returned
 
 
 def _by_module(model: Any, returned: Any) -> Any:
-    """Yield the identity of each wrapped model with the cotangents of its carriers, by site."""
+    """Yield the identity of each wrapped model with what its sites gave the carriers, by site."""
     for path, node in nnx.iter_graph(model):
         if isinstance(node, SparseNNXModule) and node.carriers is not None:
             found = returned
             for part in (*path, "carriers"):
                 found = found[part]
-            yield id(node), {name: found[name].get_value() for name in node.carriers}
+            yield id(node), {name: Passage.of_sites(found[name].get_value()) for name in node.carriers}
 
 
 def _without_memory(wrt: Any) -> Any:

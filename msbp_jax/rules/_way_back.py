@@ -11,7 +11,9 @@ loops around a site.
     bool       total, ran      whether any use says True
     integer    digits          what uses add to it, in digits of 16 bits, which a float32 holds exactly
 
-Inside the loss the leaf and its carriers are one `Marked`, which works as the leaf itself where it is read.
+Inside the loss the leaf and its carriers are one `Marked`, which works as the leaf itself where it is read. A loss may
+also compute with all leaves of a pytree that it is handed, the carriers among them, such as a sum of the memory. Hence
+one more carrier, which is given nothing by any site: what it gets, its siblings got too, and it is taken off again.
 """
 
 from __future__ import annotations
@@ -37,10 +39,16 @@ _DIGIT_BITS = 16
 
 
 class Witness:
-    """Sees whether a memory came to a wrapped model, or went into a function compiled earlier, which may hold one."""
+    """Sees whether a memory came to a wrapped model, or went into a function compiled earlier, which may hold one.
+
+    Attributes:
+      used: Whether it did.
+      taken_over: Whether another differentiation, inside this one, took it.
+    """
 
     def __init__(self) -> None:
         self.used = False
+        self.taken_over = False
 
 
 class _Aside:
@@ -64,7 +72,7 @@ class Marked:
 
     Attributes:
       value: The leaf; `()` for an empty state.
-      carriers: Its carriers.
+      carriers: Its carriers, and the one that is given nothing.
       aside: Who observes, and who sees that it is used.
     """
 
@@ -150,13 +158,18 @@ class Passage:
     """
 
     def __init__(self, memory: Any, observer: Observer | None = None, name: str = "") -> None:
+        for mark in filter(_is_marked, jax.tree.leaves(memory, is_leaf=_is_marked)):
+            mark.aside.witness.taken_over = True
         self.memory = plain(memory)
         keyed, self._structure = jax.tree_util.tree_flatten_with_path(self.memory, is_leaf=_is_empty)
         self._leaves = [leaf if _is_empty(leaf) else jnp.asarray(leaf) for _, leaf in keyed]
         names = [f"{name}/{path_name(path)}" for path, _ in keyed]
         self._series = [_next_keys(*pair) for pair in zip(self._leaves, names, strict=True)]
         self._aside = _Aside(observer, Witness())
-        self.carriers: list[Carriers] = [() if _is_empty(leaf) else _carriers(leaf) for leaf in self._leaves]
+        self.carriers: list[Carriers] = [
+            () if _is_empty(leaf) else (*_carriers(leaf), _compat.zeros_placed_like(leaf, jnp.float32))
+            for leaf in self._leaves
+        ]
 
     @property
     def keys_now(self) -> Any:
@@ -169,6 +182,11 @@ class Passage:
         """Whether there was something to be used, and no wrapped model got it."""
         return bool(self._leaves) and not self._aside.witness.used
 
+    @property
+    def taken_over(self) -> bool:
+        """Whether another differentiation, inside this one, took the memory."""
+        return self._aside.witness.taken_over
+
     def marked(self, carriers: Sequence[Carriers]) -> Any:
         """Return the memory as the loss sees it. The carriers are `self.carriers`, as they are differentiated."""
         marks = [
@@ -177,8 +195,13 @@ class Passage:
         ]
         return jax.tree.unflatten(self._structure, marks)
 
+    @staticmethod
+    def of_sites(cotangents: Sequence[Carriers]) -> list[Carriers]:
+        """Return what sites gave the carriers, of all that they got."""
+        return [tuple(one - own[-1].astype(one.dtype) for one in own[:-1]) for own in cotangents]
+
     def collected(self, cotangents: Sequence[Carriers]) -> Any:
-        """Return the new memory, from the cotangents of the carriers."""
+        """Return the new memory, from what sites gave the carriers."""
         new = [
             leaf if _is_empty(leaf) else _collected(leaf, None if series is None else series[1], own)
             for leaf, series, own in zip(self._leaves, self._series, cotangents, strict=True)
@@ -205,7 +228,7 @@ def unwrap(name: str, state: State) -> tuple[State, list[Carriers] | None, Obser
     for mark in marks:
         mark.aside.witness.used = True
     values = jax.tree.unflatten(structure, [mark.value for mark in marks])
-    return values, [mark.carriers for mark in marks if not _is_empty(mark.value)], marks[0].aside.observer
+    return values, [mark.carriers[:-1] for mark in marks if not _is_empty(mark.value)], marks[0].aside.observer
 
 
 def narrowed(carriers: Carriers, weight: tuple[int, ...] | None) -> Carriers:
@@ -265,7 +288,9 @@ def _collected(old: jax.Array, series: jax.Array | None, cotangents: Carriers) -
         return jnp.where(ran > 0, total > 0, old)
     unsigned = _as_unsigned(old)
     wide = _widened(unsigned).dtype
-    digits = [(d.astype(wide) << jnp.asarray(_DIGIT_BITS * place, wide)) for place, d in enumerate(cotangents)]
+    digits = [
+        (jnp.round(d).astype(wide) << jnp.asarray(_DIGIT_BITS * place, wide)) for place, d in enumerate(cotangents)
+    ]
     change = sum(digits[1:], digits[0]).astype(unsigned.dtype)
     return jax.lax.bitcast_convert_type(unsigned + change, old.dtype)
 

@@ -103,7 +103,13 @@ def differentiate(
             "msbp.diagnose tells the uses of a site apart as it traces them, and one compiled function went into this "
             "loss more than once. Call the wrapped model directly."
         ) from error
+    returned = passage.of_sites(returned)
     grads, returned = all_at_once((grads, returned)) if returned else (grads, returned)
+    if unused[-1] and passage.taken_over:
+        raise ValueError(
+            "loss_fn passed its memory to another msbp.value_and_grad alone, which returns the new one itself. "
+            "Differentiate it with jax.value_and_grad(..., has_aux=True), and return that memory as aux."
+        )
     if unused[-1]:
         raise ValueError(
             "loss_fn passed its memory to no wrapped model, so that the backward was dense. Call the models of "
