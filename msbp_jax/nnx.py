@@ -151,12 +151,14 @@ def _opened(model: Any, wrt: Any) -> list[tuple[SparseNNXModule, dict[str, Passa
         raise ValueError(
             f"No Variable of the first argument is of the kind wrt={wrt!r}, so there is no gradient to return."
         )
-    wrapped = [node for _, node in nnx.iter_graph(model) if isinstance(node, SparseNNXModule)]
+    wrapped = [(path, node) for path, node in nnx.iter_graph(model) if isinstance(node, SparseNNXModule)]
     passages = []
-    for module in wrapped:
+    for path, module in wrapped:
         if module.memory is None:
             continue
-        own = {name: Passage(variable.get_value(), name=name) for name, variable in module.memory.items()}
+        # Equal models draw differently, by their places in what is differentiated.
+        place = "/".join(map(str, path))
+        own = {name: Passage(v.get_value(), name=f"{place}/{name}") for name, v in module.memory.items()}
         for name, passage in own.items():
             module.memory[name].set_value(passage.keys_now)
         if own:

@@ -18,6 +18,7 @@ one more carrier, which is given nothing by any site: what it gets, its siblings
 
 from __future__ import annotations
 
+import collections
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +31,7 @@ from msbp_jax import _compat
 from msbp_jax._checks import path_name
 from msbp_jax.rules._observe import Observer
 from msbp_jax.sparsifiers._base import State
-from msbp_jax.sparsifiers._keys import fold_name, select_keys, split_keys
+from msbp_jax.sparsifiers._keys import fold, fold_name, select_keys, split_keys
 from msbp_jax.sparsifiers._weighted import averages, quotient
 
 type Carriers = tuple[jax.Array, ...]
@@ -44,11 +45,13 @@ class Witness:
     Attributes:
       used: Whether it did.
       taken_over: Whether another differentiation, inside this one, took it.
+      calls: How often it came to a wrapped model, by site.
     """
 
     def __init__(self) -> None:
         self.used = False
         self.taken_over = False
+        self.calls: collections.Counter[str] = collections.Counter()
 
 
 class _Aside:
@@ -227,8 +230,15 @@ def unwrap(name: str, state: State) -> tuple[State, list[Carriers] | None, Obser
         )
     for mark in marks:
         mark.aside.witness.used = True
-    values = jax.tree.unflatten(structure, [mark.value for mark in marks])
+    calls = marks[0].aside.witness.calls
+    values = jax.tree.unflatten(structure, [_of_call(mark.value, calls[name]) for mark in marks])
+    calls[name] += 1
     return values, [mark.carriers[:-1] for mark in marks if not _is_empty(mark.value)], marks[0].aside.observer
+
+
+def _of_call(leaf: Any, number: int) -> Any:
+    """Return a leaf for the first, second, ... call with one memory in a loss: each draws with keys of its own."""
+    return fold(leaf, number) if number and not _is_empty(leaf) and _compat.is_key(leaf) else leaf
 
 
 def narrowed(carriers: Carriers, weight: tuple[int, ...] | None) -> Carriers:
