@@ -96,8 +96,7 @@ def memorized(
         return sparsifier
     if reduce != "local":
         return _Memorized(sparsifier, ratio, reduce == "slot").sparsifier()
-    name = f'{sparsifier.name}, decay={ratio:g}, reduce="local"'
-    return _Shards(_Memorized(sparsifier, ratio, by_slot=False).sparsifier(), shards, name).sparsifier()
+    return _Shards(_Memorized(sparsifier, ratio, by_slot=False), shards).sparsifier()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,30 +151,34 @@ class _Memorized:
 
 @dataclasses.dataclass(frozen=True)
 class _Shards:
-    """A sparsifier that treats equal blocks of consecutive rows each for itself, with a state each.
+    """A memory for each of equal blocks of consecutive rows, which are treated each for itself.
 
     Attributes:
-      inner: What treats a block.
+      block: What treats a block.
       shards: How many; None for as many as JAX has devices.
-      name: What it is called, within "memorized()".
     """
 
-    inner: Sparsifier
+    block: _Memorized
     shards: int | None
-    name: str
+
+    @property
+    def inner(self) -> Sparsifier:
+        """What treats a block, as a sparsifier."""
+        return self.block.sparsifier()
 
     def sparsifier(self) -> Sparsifier:
+        own = self.inner
         return Sparsifier(
             init=self.init,
             apply=self.apply,
-            name=f"memorized({self.name})",
-            is_identity=self.inner.is_identity,
-            per_example=None if self.inner.per_example is None else self.per_example,
-            per_shard=self.inner,
+            name=f'memorized({self.block.inner.name}, decay={self.block.decay:g}, reduce="local")',
+            is_identity=own.is_identity,
+            per_example=None if own.per_example is None else self.per_example,
+            per_shard=own.per_shard or own,
             weighted=self.weighted,
         )
 
-    def block(self, aval: Any) -> tuple[int, jax.ShapeDtypeStruct]:
+    def blocks_of(self, aval: Any) -> tuple[int, jax.ShapeDtypeStruct]:
         """Return how many blocks there are, and what one looks like."""
         count = self.shards or jax.device_count()
         rows, n = aval.shape
@@ -187,7 +190,7 @@ class _Shards:
         return count, jax.ShapeDtypeStruct((rows // count, n), aval.dtype)
 
     def init(self, aval: jax.ShapeDtypeStruct) -> State:
-        count, own = self.block(aval)
+        count, own = self.blocks_of(aval)
 
         def spread(leaf: jax.Array) -> jax.Array:
             return split_keys(leaf, count) if _compat.is_key(leaf) else jnp.broadcast_to(leaf, (count, *leaf.shape))
@@ -199,7 +202,7 @@ class _Shards:
         return p, settled(state, total, weight)
 
     def weighted(self, g: jax.Array, state: State) -> Weighted:
-        count, own = self.block(g)
+        count, own = self.blocks_of(g)
         blocks = g.reshape(count, *own.shape)
         p, total, weight = jax.vmap(lambda g, state: tuple(apply_weighted(self.inner, g, state)))(blocks, state)
         return Weighted(self.strung_together(p, g, own.shape[0]), total, weight)
@@ -222,8 +225,9 @@ class _Shards:
         )
 
     def per_example(self, rows: int) -> Sparsifier:
-        assert self.inner.per_example is not None
-        return dataclasses.replace(self, inner=self.inner.per_example(rows)).sparsifier()
+        assert self.block.inner.per_example is not None
+        block = dataclasses.replace(self.block, inner=self.block.inner.per_example(rows))
+        return dataclasses.replace(self, block=block).sparsifier()
 
 
 def _is_memory(node: Any) -> bool:

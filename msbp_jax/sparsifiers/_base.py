@@ -16,6 +16,7 @@ Rules that hold for every one of them:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -92,6 +93,20 @@ class Sparsifier(NamedTuple):
 
     def __repr__(self) -> str:
         return self.name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sparsifier) and _by_value(self) == _by_value(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(_by_value(self))
+
+
+def _by_value(sparsifier: Sparsifier) -> tuple[Any, ...]:
+    """Return the fields with methods taken apart: Python takes those of equal objects for different."""
+    return tuple((f.__self__, f.__func__) if inspect.ismethod(f) else f for f in tuple(sparsifier))
 
 
 class Count(NamedTuple):

@@ -58,8 +58,8 @@ def random_k(
       rows_per_group: `r`, rows that share a draw; "example" for all rows of an entry of the output's leading axis; None
         for one draw for the whole batch.
       key: Typed PRNG key that the state starts from, `jax.random.key(0)` if None. Every site gets a key of its own from
-        it, as do stacked layers, steps of a scan, members of a vmap, devices and microbatches; and every step splits it.
-        A model that a loss calls twice draws twice, unless the loss does so in a loop of its own, through a function
+        it, as do stacked layers, steps of a scan, members of a vmap, devices and microbatches; every step splits it. A
+        model that a loss calls twice draws twice, unless the loss does so in a loop of its own, through a function
         compiled by itself, or with an NNX model.
 
     Returns:
