@@ -178,7 +178,8 @@ def trace(
         names = ", ".join(path for path, _ in parameters)
         raise ValueError(
             f"No contraction has one of the parameters ({names}) on one side, so there is nothing to make sparse. "
-            "sparse_vjp works on matrix products and convolutions of a parameter with data."
+            "sparse_vjp works on matrix products and convolutions of a parameter with data, which must be among the "
+            "arguments: what a function closes over is a constant."
         )
     return Program(
         jaxpr=jaxpr,

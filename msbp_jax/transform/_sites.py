@@ -280,5 +280,5 @@ def _unnamed(found: Found) -> str:
         return _UNNAMED
     lhs, rhs = found.lhs_source, found.rhs_source
     if lhs.is_weight and rhs.is_weight:
-        return "both operands are parameters"
+        return "both operands are made from parameters alone (what a function closes over is no data: pass it)"
     return "no operand is a parameter alone; a pattern that starts with @ can name it"

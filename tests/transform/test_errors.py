@@ -56,6 +56,8 @@ def test_bad_parameters():
         g.init_memory({}, X)
     with pytest.raises(ValueError, match=r"No contraction has one of the parameters \(params\) on one side"):
         msbp.sparse_vjp(lambda w, x: w * x.sum(), S).init_memory(W, X)
+    with pytest.raises(ValueError, match=r"with data, which must be among the arguments: what .* closes over is a con"):
+        msbp.sparse_vjp(lambda s: jax.lax.scan(lambda h, w: (h @ w, None), X, s)[0], S).init_memory(jnp.ones((3, 8, 8)))
 
 
 def test_memory_of_something_else():
