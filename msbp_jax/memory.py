@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from msbp_jax import _checks, _compat
 from msbp_jax.formats import Columns, Dense, Format
 from msbp_jax.kernels._residual import add_memory, left_of, takes_part
-from msbp_jax.sparsifiers import Sparsifier
+from msbp_jax.sparsifiers import RandomKState, Sparsifier
 from msbp_jax.sparsifiers._base import State, Weighted
 from msbp_jax.sparsifiers._keys import split_keys
 from msbp_jax.sparsifiers._weighted import apply_weighted, settled
@@ -228,6 +228,20 @@ class _Shards:
         assert self.block.inner.per_example is not None
         block = dataclasses.replace(self.block, inner=self.block.inner.per_example(rows))
         return dataclasses.replace(self, block=block).sparsifier()
+
+
+def check_no_states(params: Any) -> None:
+    """Raise if states of sparsifiers stand among parameters.
+
+    Raises:
+      TypeError: They do.
+    """
+    is_state = lambda node: isinstance(node, MemorizedState | RandomKState)
+    if any(map(is_state, jax.tree.leaves(params, is_leaf=is_state))):
+        raise TypeError(
+            "The parameters hold states of sparsifiers, which belong into a memory. Were params and memory swapped? "
+            'The order is (params, memory, ...), and model.apply({"params": params}, ..., memory=memory).'
+        )
 
 
 def _is_memory(node: Any) -> bool:

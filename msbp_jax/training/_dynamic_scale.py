@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from msbp_jax import _compat
 from msbp_jax.memory import MemorizedState
 from msbp_jax.sparsifiers._keys import select_keys
-from msbp_jax.training._value_and_grad import value_and_grad
+from msbp_jax.training._value_and_grad import check_loss, check_result, value_and_grad
 
 
 class ScaledStep(NamedTuple):
@@ -75,8 +75,10 @@ class DynamicScale(flax.training.dynamic_scale.DynamicScale):
 
         def scaled(params: Any, memory: Any, *args: Any, **kwargs: Any) -> Any:
             result = loss_fn(params, memory, *args, **kwargs)
+            check_result(result, has_aux)
             loss, aux = result if has_aux else (result, None)
-            return scale * loss.astype(jnp.float32), (loss, aux)
+            check_loss(loss)
+            return scale * jnp.asarray(loss, jnp.float32), (loss, aux)
 
         def wrapped(params: Any, memory: Any, *args: Any, **kwargs: Any) -> ScaledStep:
             step = value_and_grad(scaled, has_aux=True, microbatches=microbatches)

@@ -13,9 +13,8 @@ import numpy as np
 from msbp_jax import _compat
 from msbp_jax._checks import check_parameters, is_differentiable
 from msbp_jax.kernels._schedule import all_at_once
-from msbp_jax.memory import MemorizedState
+from msbp_jax.memory import check_no_states
 from msbp_jax.rules import Observer, Passage, plain
-from msbp_jax.sparsifiers import RandomKState
 from msbp_jax.training._microbatches import Step, check_microbatches, in_microbatches, no_gradient
 from msbp_jax.transform import SparseNNXModule
 
@@ -122,17 +121,12 @@ def differentiate(
 
 
 def _check_arguments(params: Any) -> None:
-    is_state = lambda node: isinstance(node, MemorizedState | RandomKState)
     if isinstance(params, SparseNNXModule):
         raise TypeError(
             "msbp.value_and_grad takes parameters and memory apart, got an NNX model: use "
             "msbp.nnx.value_and_grad(loss_fn)(model, ...), whose model holds both."
         )
-    if any(map(is_state, jax.tree.leaves(params, is_leaf=is_state))):
-        raise TypeError(
-            "The first argument holds states of sparsifiers, which belong into a memory. Were params and memory "
-            "swapped? The order is (params, memory, ...)."
-        )
+    check_no_states(params)
 
 
 def check_result(result: Any, has_aux: bool) -> None:

@@ -6,8 +6,9 @@ A call is traced like a function of the module's Variables, and of those of ever
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -103,7 +104,7 @@ class SparseNNXModule(nnx.Module):
           ValueError: There is no contraction with a parameter, or a pattern of the plan matches nothing.
         """
         call = _Call(self.module, args, kwargs)
-        with nnx.update_context(_TAG):
+        with nnx.update_context(_TAG), self._explained(args):
             params, rest, arrays = call.split()
             memory = self._function(call).init_memory(params, rest, *arrays)
         self.memory = nnx.data({name: Memory(state) for name, state in memory.items()})
@@ -120,9 +121,22 @@ class SparseNNXModule(nnx.Module):
           ValueError: There is no contraction with a parameter, or a pattern of the plan matches nothing.
         """
         call = _Call(self.module, args, kwargs)
-        with nnx.update_context(_TAG):
+        with nnx.update_context(_TAG), self._explained(args):
             params, rest, arrays = call.split()
             return self._function(call).report(params, rest, *arrays)
+
+    @contextlib.contextmanager
+    def _explained(self, args: tuple[Any, ...]) -> Iterator[None]:
+        """Say what to do where a call fails that looks like one of a Linen module."""
+        try:
+            yield
+        except Exception as error:
+            if args and isinstance(args[0], Mapping) and "params" in args[0]:
+                raise TypeError(
+                    f"{type(self.module).__name__} is an NNX module, which holds its variables: pass init_memory and "
+                    "report the arguments of a call alone, model.init_memory(*args)."
+                ) from error
+            raise
 
     def _marked(self, name: str, variable: Memory) -> State:
         if self.carriers is not None:

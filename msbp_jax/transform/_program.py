@@ -12,6 +12,7 @@ import numpy as np
 
 from msbp_jax import _compat
 from msbp_jax._checks import check_parameters, is_array, path_name
+from msbp_jax.memory import check_no_states
 from msbp_jax.rules import Carriers, Observer, Rule, narrowed, unwrap
 from msbp_jax.rules import Site as SiteState
 from msbp_jax.transform._discover import discover
@@ -139,6 +140,7 @@ def trace(
       ValueError: There are no parameters, or no contraction with one.
     """
     keyed, params_structure = jax.tree_util.tree_flatten_with_path(params)
+    check_no_states(params)
     check_parameters(keyed)
     leaves = [leaf for _, leaf in keyed]
     rest, rest_structure = jax.tree.flatten((args, kwargs))

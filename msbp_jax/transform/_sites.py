@@ -8,17 +8,17 @@ unless the plan names it.
 from __future__ import annotations
 
 import collections
-import collections.abc
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from msbp_jax import _compat
+from msbp_jax._checks import is_array
 from msbp_jax.rules import Dims, Operation, Side, operation_of, plain
 from msbp_jax.sparsifiers import Sparsifier
 from msbp_jax.sparsifiers._base import State
@@ -156,7 +156,7 @@ def check_memory(memory: Any, sites: Sequence[Site], parameters: Sequence[str] =
       ValueError: Sites are missing, or a site's state has another structure or other shapes. It may have more sites: a
         call that does not reach them leaves them as they are.
     """
-    if not isinstance(memory, collections.abc.Mapping):
+    if not isinstance(memory, Mapping):
         raise TypeError(
             f"memory must be what init_memory returned, a mapping by site name, got {type(memory).__name__}."
         )
@@ -169,11 +169,14 @@ def check_memory(memory: Any, sites: Sequence[Site], parameters: Sequence[str] =
             + ("These are parameters: were params and memory swapped? " if swapped else "")
             + "Make it with init_memory of the same wrapped model, from a call that reaches all that is trained."
         )
+    wanted, given = {name: site.abstract_state for name, site in sparse.items()}, plain(dict(memory))
+    if what := _taken_for_states(wanted, given):
+        raise ValueError(what)
     differences = [
         line
         for name, site in sparse.items()
         if not site.is_empty  # where there are no rows, a memory by row may be of any number of them
-        for line in _differences(name, site.abstract_state, memory[name])
+        for line in _differences(name, wanted[name], given[name])
     ]
     if differences:
         raise ValueError(
@@ -183,18 +186,28 @@ def check_memory(memory: Any, sites: Sequence[Site], parameters: Sequence[str] =
         )
 
 
+def _taken_for_states(wanted: Mapping[str, State], given: Mapping[str, Any]) -> str:
+    """Say what was passed instead of states of sparsifiers, where that can be seen; else ""."""
+    states = {name: state for name, state in wanted.items() if hasattr(state, "_fields")}
+    restored = [n for n, s in states.items() if isinstance(given[n], Mapping) and set(given[n]) == set(s._fields)]
+    if restored:
+        kind = type(states[restored[0]]).__name__
+        return (
+            f"memory of {', '.join(restored)} is a dict of the fields of {kind}, as a checkpoint is that was restored "
+            "without a target. Restore it with one, as ocp.args.StandardRestore(model.init_memory(...)) does."
+        )
+    if arrays := [name for name in states if is_array(given[name])]:
+        return (
+            f"memory of {', '.join(arrays)} is an array, and no state of a sparsifier. Were params and memory swapped? "
+            "The memory is what init_memory of the wrapped model returned."
+        )
+    return ""
+
+
 def _differences(name: str, wanted: State, given: State) -> list[str]:
     """Say what differs between the state that a site needs and the one that it is given, a line each."""
-    given = plain(given)
     structures: list[Any] = [jax.tree.structure(tree) for tree in (wanted, given)]
     if structures[0] != structures[1]:
-        fields = getattr(wanted, "_fields", None)
-        if fields and isinstance(given, collections.abc.Mapping) and set(given) == set(fields):
-            return [
-                f"memory of site {name} is a dict of the fields of {type(wanted).__name__}, as a checkpoint is "
-                "that was restored without a target. Restore it with one, as "
-                "ocp.args.StandardRestore(model.init_memory(...)) does."
-            ]
         return [f"memory of site {name} has another structure: expected {structures[0]}, got {structures[1]}."]
     pairs = zip(jax.tree.leaves(wanted), jax.tree.leaves(given), strict=True)
     return [

@@ -95,7 +95,12 @@ def sparse_vjp(
 
 def _check_target(target: Any) -> None:
     if isinstance(target, SparseFunction | SparseModule | SparseNNXModule):
-        raise TypeError(f"sparse_vjp was given {target}, which it made: one wrapping is enough, with one plan for all.")
+        what = target.module if isinstance(target, SparseModule | SparseNNXModule) else target.function
+        name = getattr(what, "__name__", type(what).__name__)
+        raise TypeError(
+            f"sparse_vjp was given a {type(target).__name__}, which it made itself from {name}: one wrapping is "
+            "enough, with one plan for all."
+        )
     if isinstance(target, type):
         raise TypeError(
             f"sparse_vjp wraps a module, not its class, got the class {target.__name__}. Make one first: "

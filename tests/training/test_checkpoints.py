@@ -122,7 +122,7 @@ def test_a_memory_of_something_else_is_refused_with_the_difference(tmp_path):
             restored(manager, 0, like, "memory")
         # Without a target, Orbax gives plain containers: the call says what it expected instead.
         with pytest.raises(
-            ValueError, match=r"(?s)site w is a dict of the fields of MemorizedState, .* without a target.*v is"
+            ValueError, match=r"memory of w, v is a dict of the fields of MemorizedState, .* without a target"
         ):
             F(state["params"], X, memory=memory)
         wide = start(width=80)
