@@ -8,6 +8,7 @@ choice for the whole batch. If `r` does not divide `rows`, the last group is fil
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ class Columns:
 
     values: jax.Array
     index: jax.Array
-    shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    shape: tuple[Size, int] = dataclasses.field(metadata={"static": True})
     unchanged: bool = dataclasses.field(default=True, metadata={"static": True})
     scale: jax.Array | None = None
 
@@ -44,7 +45,7 @@ class Columns:
         return self.values.shape[-1]
 
     @property
-    def rows_per_group(self) -> int:
+    def rows_per_group(self) -> Size:
         """`r`, the number of consecutive rows that share a choice."""
         return self.values.shape[-2]
 
@@ -103,6 +104,7 @@ class Dense:
 
 
 type Format = Columns | Dense
+Size = Any  # a number of rows: an int or, in programs for jax.export, a dimension variable
 
 
 def accumulation_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
@@ -110,7 +112,7 @@ def accumulation_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes) else jnp.float32)
 
 
-def group_rows(matrix: Shaped[Array, "rows n"], rows_per_group: int | None) -> Shaped[Array, "G r n"]:
+def group_rows(matrix: Shaped[Array, "rows n"], rows_per_group: Size | None) -> Shaped[Array, "G r n"]:
     """Cut the rows of a matrix into consecutive groups, with rows of zeros to fill the last one.
 
     Args:
@@ -128,7 +130,7 @@ def group_rows(matrix: Shaped[Array, "rows n"], rows_per_group: int | None) -> S
     return matrix.reshape(groups, size, n)
 
 
-def grouping(rows: int, rows_per_group: int | None) -> tuple[int, int]:
+def grouping(rows: Size, rows_per_group: Size | None) -> tuple[Size, Size]:
     """Return how many groups there are and of how many rows, the last one filled up.
 
     Args:
@@ -141,7 +143,7 @@ def grouping(rows: int, rows_per_group: int | None) -> tuple[int, int]:
     return -(-rows // size), size
 
 
-def take_columns(cotangent: Float[Array, "rows n"], index: Int[Array, "G k"], rows_per_group: int | None) -> Columns:
+def take_columns(cotangent: Float[Array, "rows n"], index: Int[Array, "G k"], rows_per_group: Size | None) -> Columns:
     """Keep, for each group of rows, the columns that `index` names.
 
     Args:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import jax
 
 from msbp_jax import _compat
-from msbp_jax.formats import Columns
+from msbp_jax.formats import Columns, Size
 from msbp_jax.kernels import _native_calls, _platform, _roofline
 
 # Seconds for a call, and for each unit of the work in `_work`, in its order.
@@ -34,14 +34,14 @@ SHARED_ROWS = 16
 DENSE_MARGIN = 1.15
 
 
-def kind_of(backend: str, k: int, rows_per_group: int) -> str:
+def kind_of(backend: str, k: int, rows_per_group: Size) -> str:
     """Return the name of the model: the native backend has two paths, and takes them as `by_lists` in native/ does."""
     if backend != "native":
         return backend
     return "native, lists" if rows_per_group < 8 or (rows_per_group < 16 and k < 64) else "native, groups"
 
 
-def work(kind: str, rows: int, m: int, n: int, k: int, rows_per_group: int) -> tuple[int, ...]:
+def work(kind: str, rows: Size, m: int, n: int, k: int, rows_per_group: Size) -> tuple[int, ...]:
     """Return the units of work that the coefficients of a path multiply.
 
     Args:
@@ -67,13 +67,13 @@ def work(kind: str, rows: int, m: int, n: int, k: int, rows_per_group: int) -> t
             return 1, rows * n, rows * k, groups * n
 
 
-def seconds(kind: str, rows: int, m: int, n: int, k: int, rows_per_group: int) -> float:
+def seconds(kind: str, rows: Size, m: int, n: int, k: int, rows_per_group: Size) -> float:
     """Return the expected time of a path, in seconds on two CPU cores; the arguments are those of `work`."""
     units = work(kind, rows, m, n, k, rows_per_group)
     return sum(c * unit for c, unit in zip(COEFFICIENTS[kind], units, strict=True))
 
 
-def fastest_first(rows: int, m: int, n: int, k: int, rows_per_group: int) -> tuple[str, ...]:
+def fastest_first(rows: Size, m: int, n: int, k: int, rows_per_group: Size) -> tuple[str, ...]:
     """Return the backends of the products in the order of their expected times here.
 
     Args:
@@ -97,7 +97,7 @@ def _own() -> tuple[str, ...]:
     return ("native",) if _native_calls.available() else ()
 
 
-def _expected(path: str, rows: int, m: int, n: int, k: int, rows_per_group: int) -> float:
+def _expected(path: str, rows: Size, m: int, n: int, k: int, rows_per_group: Size) -> float:
     """Return the expected time, in seconds, of a path on the device that the program is for."""
     layer = rows, m, n, k, rows_per_group
     device = _platform.target()
@@ -108,7 +108,7 @@ def _expected(path: str, rows: int, m: int, n: int, k: int, rows_per_group: int)
     return seconds(kind_of(path, k, rows_per_group), *layer)
 
 
-def selection_order(rows: int, rows_per_group: int | None) -> tuple[str, ...]:
+def selection_order(rows: Size, rows_per_group: Size | None) -> tuple[str, ...]:
     """Return the backends of a selection in the order in which they are tried.
 
     Args:
@@ -129,7 +129,7 @@ def products_order(cotangent: Columns, m: int) -> tuple[str, ...]:
     return fastest_first(rows, m, n, cotangent.kept_per_group, cotangent.rows_per_group)
 
 
-def expected_speed_up(rows: int, m: int, n: int, k: int, rows_per_group: int, backend: str | None = None) -> float:
+def expected_speed_up(rows: Size, m: int, n: int, k: int, rows_per_group: Size, backend: str | None = None) -> float:
     """Return the expected time of a layer's dense backward over that of its sparse one, select included.
 
     Args:
@@ -167,7 +167,7 @@ def note() -> str:
     )
 
 
-def warning(rows: int, m: int, n: int, k: int, rows_per_group: int, backend: str | None = None) -> str:
+def warning(rows: Size, m: int, n: int, k: int, rows_per_group: Size, backend: str | None = None) -> str:
     """Return why a layer's sparse backward will probably be slower than the dense one, or "" if it will not.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from msbp_jax import _compat
+from msbp_jax.formats import Size
 from msbp_jax.kernels import _platform
 
 # A gathered or not yet scattered block may take this much. Blocks of this size still fit the last-level cache of the
@@ -12,7 +13,7 @@ BUDGET_BYTES = 16 * 2**20
 ACCELERATOR_BUDGET_BYTES = 2**30
 
 
-def groups_at_once(groups: int, bytes_per_group: int) -> int:
+def groups_at_once(groups: Size, bytes_per_group: Size) -> Size:
     """Return how many of `groups` groups fit the budget: all of them, or the fewest equal chunks that do.
 
     Args:

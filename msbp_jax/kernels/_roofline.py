@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+from msbp_jax.formats import Size
 from msbp_jax.kernels._platform import Device
 
 
@@ -56,7 +57,7 @@ def chip(device: Device) -> Chip:
     return next((rates for name, rates in CHIPS.items() if name in device.kind), _OTHERS[device.platform])
 
 
-def seconds(path: str, device: Device, rows: int, m: int, n: int, k: int, rows_per_group: int) -> float:
+def seconds(path: str, device: Device, rows: Size, m: int, n: int, k: int, rows_per_group: Size) -> float:
     """Return the expected time of both products of a layer's backward, or of its selection.
 
     Args:

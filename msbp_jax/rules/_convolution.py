@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from msbp_jax import kernels
-from msbp_jax.formats import Columns
+from msbp_jax.formats import Columns, Size
 from msbp_jax.rules._operation import Dims, Operands, Shape, dense_products, narrow_products
 from msbp_jax.rules._patches import Window
 
@@ -65,7 +65,7 @@ class Convolution:
         shape = [out[axis] for axis in order[:-1]]
         return jnp.transpose(g.reshape(*shape, g.shape[-1]), _inverse(order))
 
-    def path(self, groups: int, lhs: Shape, rhs: Shape, backend: str | None) -> str:
+    def path(self, groups: Size, lhs: Shape, rhs: Shape, backend: str | None) -> str:
         """Return "narrow" for one choice, "dense" for a grouped convolution.
 
         Several choices: "patches" where the kernels are asked for by name, or patches are measured to be faster than

@@ -19,6 +19,9 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from msbp_jax.formats import Size
+
+type Shape = tuple[Size, ...]
 type Side = Literal["lhs", "rhs"]
 type DimensionNumbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
 
@@ -46,16 +49,16 @@ class Contraction:
     w_order: tuple[int, ...]
     g_order: tuple[int, ...]
     feature_axis: int
-    x_shape: tuple[int, ...]
-    w_shape: tuple[int, ...]
-    batch_shape: tuple[int, ...]
-    rows: int
-    examples: int
+    x_shape: Shape
+    w_shape: Shape
+    batch_shape: Shape
+    rows: Size
+    examples: Size
     m: int
     n: int
 
     @property
-    def batch(self) -> int:
+    def batch(self) -> Size:
         """Number of independent products."""
         return math.prod(self.batch_shape)
 
@@ -80,14 +83,12 @@ class Contraction:
         """Return a canonical w in the shape that the program has."""
         return _restore(w, self.w_order, self.w_shape)
 
-    def program_g(self, g: Float[Array, "batch rows n"], shape: tuple[int, ...]) -> Float[Array, ...]:
+    def program_g(self, g: Float[Array, "batch rows n"], shape: Shape) -> Float[Array, ...]:
         """Return a canonical gradient in the output's own `shape`."""
         return _restore(g, self.g_order, shape)
 
 
-def contraction(
-    dimension_numbers: DimensionNumbers, lhs_shape: tuple[int, ...], rhs_shape: tuple[int, ...], side: Side
-) -> Contraction:
+def contraction(dimension_numbers: DimensionNumbers, lhs_shape: Shape, rhs_shape: Shape, side: Side) -> Contraction:
     """Return the canonical form of a `dot_general` whose weight is on `side`.
 
     Args:
@@ -134,7 +135,7 @@ def _others(rank: int, taken: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(axis for axis in range(rank) if axis not in taken)
 
 
-def _restore(canonical: Array, order: tuple[int, ...], shape: tuple[int, ...]) -> Array:
+def _restore(canonical: Array, order: tuple[int, ...], shape: Shape) -> Array:
     permuted = canonical.reshape(tuple(shape[axis] for axis in order))
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return jnp.transpose(permuted, inverse)

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from msbp_jax import kernels
-from msbp_jax.formats import Columns
+from msbp_jax.formats import Columns, Size
 from msbp_jax.rules._dims import Contraction, DimensionNumbers, Side, contraction
 from msbp_jax.rules._operation import Dims, Operands, Shape
 
@@ -59,7 +59,7 @@ class DotGeneral:
         """Return a canonical gradient in the shape that the program has."""
         return self._algebra(operands).program_g(g, out)
 
-    def path(self, groups: int, lhs: Shape, rhs: Shape, backend: str | None) -> str:
+    def path(self, groups: Size, lhs: Shape, rhs: Shape, backend: str | None) -> str:
         """Return "rows": the kernels take any groups."""
         del groups, lhs, rhs, backend
         return "rows"

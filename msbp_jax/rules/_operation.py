@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from msbp_jax import _compat
-from msbp_jax.formats import Columns
+from msbp_jax.formats import Columns, Size
 
-type Shape = tuple[int, ...]
+type Shape = tuple[Size, ...]
 type Operands = tuple[jax.Array, ...]
 
 
@@ -28,8 +28,8 @@ class Dims(NamedTuple):
     """
 
     batch_shape: Shape
-    rows: int
-    examples: int
+    rows: Size
+    examples: Size
     m: int
     n: int
 
@@ -67,7 +67,7 @@ class Operation(Protocol):
         """Return a canonical gradient in the shape `out` that the program has."""
         ...
 
-    def path(self, groups: int, lhs: Shape, rhs: Shape, backend: str | None) -> str:
+    def path(self, groups: Size, lhs: Shape, rhs: Shape, backend: str | None) -> str:
         """Say how `products` works on so many groups, for operands of these shapes.
 
         "rows": by the kernels; "patches": by the kernels, on patches; "narrow": as the same contraction with the kept

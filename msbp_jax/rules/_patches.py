@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-type Shape = tuple[int, ...]
+from msbp_jax.formats import Size
+
+type Shape = tuple[Size, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float
 
-from msbp_jax.formats import Columns
+from msbp_jax.formats import Columns, Size
 from msbp_jax.rules._operation import Dims, Operands, Shape, dense_products, narrow_products
 
 
@@ -58,7 +58,7 @@ class RaggedDot:
         del operands, out
         return g[0]
 
-    def path(self, groups: int, lhs: Shape, rhs: Shape, backend: str | None) -> str:
+    def path(self, groups: Size, lhs: Shape, rhs: Shape, backend: str | None) -> str:
         """Return "narrow" for one choice, else "dense"."""
         del lhs, rhs, backend
         return "narrow" if groups == 1 else "dense"

@@ -21,7 +21,6 @@ INTERPRETED = ("gpu", "tpu")  # slow here; test_pallas.py has them
 BACKENDS = [(op, name) for op, names in msbp.backends().items() for name in names if name not in INTERPRETED]
 BUDGETS = {"xla": [1, 500, 10**9]}  # the others have no chunks
 CASES = [(op, backend, budget) for op, backend in BACKENDS for budget in BUDGETS.get(backend, [10**9])]
-executed: set[str] = set()
 
 
 @pytest.mark.parametrize("backend", sorted({backend for _, backend in BACKENDS} - {"dense"}))
@@ -62,16 +61,15 @@ def test_against_float64(op, backend, dtype, budget, rows, m, n, k, group, monke
         elif op == "grad_weight":
             got, want = kernels.grad_weight(p, x, axis, backend=backend), dw
         else:
+            assert op in ("select", "select_with_memory")  # looked at above
             continue
         assert got.dtype == jnp.float32  # the accumulator
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
-    executed.add(op)
 
 
-def test_every_op_has_a_backend_that_ran():
-    if not executed:
-        pytest.skip("the tests above ran in another worker")
-    assert executed == set(kernels.OPS)
+def test_every_op_is_among_the_cases():
+    """With a backend that takes any dtype and shape, so that none is there by name only."""
+    assert {op for op, backend, _ in CASES if backend == "xla"} == set(kernels.OPS)
 
 
 @pytest.mark.parametrize("op", ["grad_input", "grad_weight"])

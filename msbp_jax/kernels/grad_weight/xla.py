@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from msbp_jax import _compat
-from msbp_jax.formats import Columns, accumulation_dtype, group_rows
+from msbp_jax.formats import Columns, Size, accumulation_dtype, group_rows
 from msbp_jax.kernels._chunks import groups_at_once
 from msbp_jax.kernels._dot import dot
 from msbp_jax.kernels._layout import row_major, transposed
@@ -47,7 +47,7 @@ def grad_weight(
     return row_major(jnp.where(used, spread, jnp.zeros((), spread.dtype))).astype(dtype or accumulator)
 
 
-def _pays_to_spread(kept: int, n: int, result_bytes: int) -> bool:
+def _pays_to_spread(kept: Size, n: int, result_bytes: int) -> bool:
     """Whether to add up in a smaller block: it spares a pass over a result too large for the cache, and costs ops."""
     return not _compat.is_symbolic(kept) and kept < n and result_bytes > _SPREAD_FROM_BYTES
 
