@@ -184,6 +184,8 @@ def test_plain_grad_of_an_nnx_model():
     assert not model.memory["kernel"].get_value().residual.any()
     with pytest.raises(ValueError, match=r"holds no model with a memory, .*Wrap the model with msbp\.sparse_vjp"):
         msbp.nnx.value_and_grad(lambda model: model(X).mean())(nnx_model(memory=False))
+    with pytest.raises(ValueError, match=r"No Variable of the first argument is of the kind wrt=.*LoRAParam"):
+        msbp.nnx.value_and_grad(lambda model: model(X).mean(), wrt=nnx.LoRAParam)(nnx_model())
 
 
 def test_an_optimizer_of_the_plain_model_goes_on():
