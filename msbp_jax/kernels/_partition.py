@@ -128,8 +128,7 @@ class _Cut:
         """Return the mesh axes over which the first operand that has rows is split."""
         for operand, axis in zip(operands, self.operand_axes, strict=True):
             if axis is not None:
-                spec = operand.sharding.spec
-                return _names(spec[axis] if len(spec) > axis else None)
+                return _names_on(operand, axis)
         return ()
 
     def local_shapes(self, results: Shapes, shards: int) -> Shapes:
@@ -153,7 +152,10 @@ def _placed(mesh: Any, names: Names, axis: int | None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*([None] * axis), names or None) if axis is not None else PartitionSpec())
 
 
-def _names(part: Any) -> Names:
+def _names_on(placed: Any, axis: int) -> Names:
+    """Return the mesh axes over which an axis is split; none where XLA does not name them (arrays off the mesh)."""
+    spec = getattr(placed.sharding, "spec", ())
+    part = spec[axis] if len(spec) > axis else None
     return part if isinstance(part, tuple) else (part,) if part else ()
 
 
@@ -174,8 +176,7 @@ def _mapped(function: Call, plain: Call) -> Call:
 
         def partition(mesh: Any, placed: Any, out: Any) -> tuple[Any, ...]:
             del out
-            spec = placed[batched.index(True)].sharding.spec
-            names = _names(spec[0] if len(spec) else None)
+            names = _names_on(placed[batched.index(True)], 0)
             names = names if size % math.prod(mesh.shape[name] for name in names) == 0 else ()
             operand_places = tuple(_placed(mesh, names, 0 if is_batched else None) for is_batched in batched)
             return mesh, over_batch, tuple(_placed(mesh, names, 0) for _ in results), operand_places

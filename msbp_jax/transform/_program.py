@@ -206,9 +206,10 @@ def _is_concrete_scalar(leaf: Any) -> bool:
 def _what_moves(memory: Any) -> Callable[[Any], bool]:
     """Return what says whether an array may be differentiated.
 
-    Where the carriers of the memory are seen to be, others would be seen to be so as well. Where they are not, a `jit`
-    or a loop stands between, and everything may be.
+    Where the carriers of the memory are seen to be, and nothing stands between their differentiation and here, others
+    would be seen to be so as well. Else a `jit`, a loop or a `checkpoint` may hide it, and everything may be.
     """
-    if any(_compat.under_differentiation(leaf) for leaf in jax.tree.leaves(memory)):
+    seen = [leaf for leaf in jax.tree.leaves(memory) if _compat.under_differentiation(leaf)]
+    if seen and _compat.is_made_here(seen[0]):
         return _compat.under_differentiation
     return lambda leaf: True

@@ -320,3 +320,15 @@ def test_a_recurrent_model_with_seq_lengths():
     got = run(memory, x)
     assert_trees_close(run(memory, jnp.where(there[..., None] > 0, x, 3.0)), got, rtol=1e-6)
     assert all(float(jnp.abs(state.residual).sum()) > 0 for state in got[1].values())
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("xla", "native")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_exactly_0_is_told_by_the_bits(backend, dtype):
+    """Numbers too small to be normal, which XLA takes for 0 on a CPU, are none: on every backend alike."""
+    g = jnp.ones((4, N), dtype).at[0].set(0).at[0, 3].set(1e-40).at[2].set(0).at[3].set(-0.0)
+    sparsifier = msbp.memorized(msbp.top_k(k=K, backend=backend), decay=1.0)
+    state = sparsifier.init(jax.ShapeDtypeStruct(g.shape, g.dtype))._replace(residual=jnp.ones(N))
+    p, after = sparsifier.apply(g, state)
+    assert p.materialize().any(axis=1).tolist() == [True, True, False, False]
+    assert after.residual.sum() == (N - K) * (1 + 2) / 2

@@ -254,3 +254,49 @@ def test_double_precision():
         _, grads, memory = msbp.value_and_grad(loss_of(f))(jnp.asarray(w), f.init_memory(w, x), jnp.asarray(x))
         assert grads.dtype == jnp.float64
         assert memory["params"].residual.dtype == jnp.float32
+
+
+X5 = jax.random.normal(jax.random.key(8), (5, 8))
+STACKED = jnp.stack([W[:8, :8], W[:8, 8:16]])
+# What stands between the differentiation and the call, with the memory closed over or handed in.
+BETWEEN = {
+    "nothing": lambda call, w: call(w),
+    "jit": lambda call, w: jax.jit(call)(w),
+    "checkpoint": lambda call, w: jax.checkpoint(call)(w),
+    "cond": lambda call, w: jax.lax.cond(w.sum() > -1e9, call, lambda w: 0.0, w),
+    "loop": lambda call, w: jax.lax.fori_loop(0, 1, lambda _, c: (c[0], c[1] + call(c[0])), (w, 0.0))[1],
+    "jit in checkpoint in vmap": lambda call, w: jax.vmap(jax.checkpoint(jax.jit(call)), axis_size=1, in_axes=None)(
+        w
+    ).sum(),
+}
+
+
+@pytest.mark.parametrize("outer", [lambda step: step, jax.jit], ids=["eager", "compiled"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("between", BETWEEN)
+def test_a_memory_that_is_closed_over(between, frozen, outer):
+    """Whether memory and weight come in as arguments or by closure changes nothing."""
+    f = msbp.sparse_vjp(lambda p, x: jnp.tanh(x @ p["w"]) * (x @ p["frozen"]), S)
+    params = {"w": W, "frozen": W[::-1]}
+    memory = f.init_memory(params, X5)
+
+    def loss_fn(between):
+        def loss(w, m, x):
+            call = lambda w: f({"w": w, "frozen": w if frozen else params["frozen"]}, x, memory=m).sum()
+            return between(call, w)
+
+        return loss
+
+    got, want = (outer(msbp.value_and_grad(loss_fn(b)))(W, memory, X5) for b in (BETWEEN[between], BETWEEN["nothing"]))
+    assert_trees_close(got, want)
+    assert got[2]["w"].residual.any()
+
+
+def test_a_memory_that_a_scan_over_weights_closes_over():
+    f = msbp.sparse_vjp(lambda w, h: jnp.tanh(h @ w), msbp.memorized(msbp.top_k(k=2), decay=0.8), min_features=1)
+    memory = f.init_memory(STACKED[0], X5)
+    scanned = lambda s, m, h: jax.lax.scan(lambda h, w: (f(w, h, memory=m), None), h, s)[0].sum()
+    unrolled = lambda s, m, h: f(s[1], f(s[0], h, memory=m), memory=m).sum()
+    got, want = (msbp.value_and_grad(loss)(STACKED, memory, X5) for loss in (scanned, unrolled))
+    assert_trees_close(got, want)
+    assert got[2]["params"].residual.any()

@@ -282,3 +282,24 @@ def test_local_memory_needs_whole_groups_in_every_shard():
         local.apply(g, local.init(g))
     with pytest.raises(ValueError, match=r'shards=2 is for reduce="local", got reduce=\'mean\''):
         msbp.memorized(TOP, 0.8, shards=2)
+
+
+@pytest.mark.parametrize("sparsifier", [msbp.top_k(k=6), msbp.memorized(msbp.top_k(k=6), decay=0.8)])
+@pytest.mark.parametrize("layers", ["vmap", "experts", "plain"])
+def test_arrays_that_are_not_placed_on_the_mesh(layers, sparsifier):
+    """Under a mesh, arrays that nobody placed on it: XLA names no axes for them."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    x = jax.random.normal(jax.random.key(1), (8, 3, 4))
+    w = jax.random.normal(jax.random.key(0), (8, 4, 64) if layers == "experts" else (4, 64))
+    product = "ebm,emn->ebn" if layers == "experts" else "...m,mn->...n"
+    f = msbp.sparse_vjp(lambda w, x: jnp.sin(jnp.einsum(product, x, w)), sparsifier)
+    memory = f.init_memory(w, x[0] if layers == "vmap" else x)
+
+    def loss(w, m, x):
+        y = jax.vmap(lambda x: f(w, x, memory=m))(x) if layers == "vmap" else f(w, x, memory=m)
+        return y.sum()
+
+    want = jax.jit(msbp.value_and_grad(loss))(w, memory, x)
+    with jax.set_mesh(mesh):
+        got = jax.jit(msbp.value_and_grad(loss))(w, memory, x)
+    assert_trees_close(got, want)
