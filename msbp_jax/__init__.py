@@ -24,6 +24,7 @@ from msbp_jax.training import ScaledStep as ScaledStep
 from msbp_jax.training import SiteDiagnosis as SiteDiagnosis
 from msbp_jax.training import TrainState as TrainState
 from msbp_jax.training import diagnose as diagnose
+from msbp_jax.training import metrics as metrics
 from msbp_jax.training import train_step as train_step
 from msbp_jax.training import value_and_grad as value_and_grad
 from msbp_jax.transform import DenseRow as DenseRow

@@ -140,6 +140,41 @@ def diagnose(loss_fn: Callable[..., Any], *, has_aux: bool = False, wrt: Any = n
     return wrapped
 
 
+def metrics(model: Any) -> dict[str, jax.Array]:
+    """Return what the memory of a model tells of itself: a flat dict of scalars; see `msbp.metrics`.
+
+    Args:
+      model: A wrapped model, or an NNX model that holds one or several. It is read, and nothing else.
+
+    Returns:
+      Scalars by the wrapped model's place, its site and the scalar's name: "kernel/memory_norm", or
+      "encoder/kernel/memory_norm" for a wrapped `model.encoder`. Inside `nnx.jit` they are arrays like any other.
+
+    Raises:
+      TypeError: `model` is not an NNX model; as `msbp.metrics`.
+      ValueError: No wrapped model in it has a memory.
+
+    Example:
+      >>> import jax.numpy as jnp, msbp_jax as msbp
+      >>> from flax import nnx
+      >>> model = msbp.sparse_vjp(nnx.Linear(8, 64, rngs=nnx.Rngs(0)), msbp.memorized(msbp.top_k(k=4), decay=0.8))
+      >>> memory = model.init_memory(jnp.ones((2, 8)))
+      >>> {name: float(value) for name, value in msbp.nnx.metrics(model).items()}
+      {'kernel/memory_norm': 0.0}
+    """
+    if not isinstance(model, nnx.Pytree):
+        raise TypeError(
+            f"msbp.nnx.metrics takes an NNX model that holds its memory, got {type(model).__name__}. For a memory or a "
+            "state of nnx.state or nnx.split, there is msbp.metrics(memory)."
+        )
+    if all(node.memory is None for _, node in nnx.iter_graph(model) if isinstance(node, SparseNNXModule)):
+        raise ValueError(
+            f"{type(model).__name__} holds no model with a memory. Wrap it with msbp.sparse_vjp and call "
+            "model.init_memory(*arguments) first."
+        )
+    return training.metrics(nnx.state(model, nnx.All(Memory, nnx.Not(Carrier))))
+
+
 def _opened(model: Any, wrt: Any) -> list[tuple[SparseNNXModule, dict[str, Passage]]]:
     """Give every wrapped model its carriers."""
     if not isinstance(model, nnx.Pytree):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
+import io
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from rich.console import Console
+from rich.table import Table
 
+from msbp_jax import _compat
 from msbp_jax.formats import accumulation_dtype
 from msbp_jax.rules import Observer, branches_of
+from msbp_jax.training._metrics import unique_name
 from msbp_jax.training._value_and_grad import differentiate
 
 
@@ -30,7 +34,7 @@ class SiteDiagnosis(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """What the backward did in one step.
+    """What the backward did in one step; `print` it.
 
     Attributes:
       cosine: Cosine between the sparse and the true gradient of all parameters.
@@ -39,6 +43,22 @@ class Diagnosis(NamedTuple):
 
     cosine: jax.Array
     sites: dict[str, SiteDiagnosis]
+
+    def __str__(self) -> str:
+        """Return a table, one row a site, the cosine of all parameters below."""
+        text = io.StringIO()
+        Console(file=text, width=160, force_terminal=False).print(_table(self))
+        return text.getvalue().rstrip()
+
+    def to_dict(self) -> dict[str, jax.Array]:
+        """Return every number by its name, flat: "cosine", then "Dense_0/kernel/cosine" and so on for each site.
+
+        The names of memory norms are those of `msbp.metrics`, where no two sites share a name.
+        """
+        of_sites = {
+            f"{name}/{what}": value for name, site in self.sites.items() for what, value in site._asdict().items()
+        }
+        return {"cosine": self.cosine} | of_sites
 
 
 def diagnose(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Diagnosis]:
@@ -66,6 +86,8 @@ def diagnose(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[
       >>> diagnosis = msbp.diagnose(loss_fn)(w, f.init_memory(w, x), x)
       >>> round(float(diagnosis.sites["params"].density), 2)
       0.25
+      >>> sorted(diagnosis.to_dict())
+      ['cosine', 'params/cosine', 'params/density', 'params/memory_norm']
     """
 
     def wrapped(params: Any, memory: Any, *args: Any, **kwargs: Any) -> Diagnosis:
@@ -75,9 +97,7 @@ def diagnose(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[
         sites: dict[str, SiteDiagnosis] = {}
         for key, name in sparse.sites.items():
             if key in logs and key in true_logs:
-                numbered = (f"{name}#{number}" for number in itertools.count(2))
-                unique = name if name not in sites else next(other for other in numbered if other not in sites)
-                sites[unique] = _site(logs[key], true_logs[key])
+                sites[unique_name(name, sites)] = _site(logs[key], true_logs[key])
         return Diagnosis(_cosine(grads, true_grads), sites)
 
     return wrapped
@@ -110,3 +130,22 @@ def _cosine(a: Any, b: Any) -> jax.Array:
     a, b = ([leaf.astype(accumulation_dtype(leaf.dtype)) for leaf in numbers(tree)] for tree in (a, b))
     norms = optax.tree.norm(a) * optax.tree.norm(b)
     return optax.tree.vdot(a, b) / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
+
+
+def _table(diagnosis: Diagnosis) -> Table:
+    table = Table(title="Sparse against true gradients", title_justify="left")
+    table.add_column("site", overflow="fold")
+    for field in SiteDiagnosis._fields:
+        table.add_column(field.replace("_", " "), justify="right")
+    for name, site in diagnosis.sites.items():
+        table.add_row(name, *map(_number, site))
+    table.add_section()
+    table.add_row("all parameters", _number(diagnosis.cosine))
+    return table
+
+
+def _number(value: jax.Array) -> str:
+    """Return four digits of a number, or what is known of it: inside a jit there is no number yet."""
+    if isinstance(value, _compat.Tracer) or value.ndim:
+        return jax.typeof(value).str_short()
+    return f"{float(value):.4g}"
