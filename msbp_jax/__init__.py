@@ -9,6 +9,8 @@ from msbp_jax import nnx as nnx
 from msbp_jax import testing as testing
 from msbp_jax.formats import Columns as Columns
 from msbp_jax.formats import Dense as Dense
+from msbp_jax.formats import Format as Format
+from msbp_jax.formats import Split as Split
 from msbp_jax.formats import take_columns as take_columns
 from msbp_jax.kernels import backends as backends
 from msbp_jax.memory import MemorizedState as MemorizedState

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from msbp_jax import _checks, _compat
-from msbp_jax.formats import Columns, Dense, Format
+from msbp_jax.formats import Dense, Format
 from msbp_jax.kernels._residual import add_memory, left_of, takes_part
 from msbp_jax.sparsifiers import RandomKState, Sparsifier
 from msbp_jax.sparsifiers._base import State, Weighted
@@ -205,24 +205,8 @@ class _Shards:
         count, own = self.blocks_of(g)
         blocks = g.reshape(count, *own.shape)
         p, total, weight = jax.vmap(lambda g, state: tuple(apply_weighted(self.inner, g, state)))(blocks, state)
-        return Weighted(self.strung_together(p, g, own.shape[0]), total, weight)
-
-    def strung_together(self, p: Any, g: jax.Array, rows: int) -> Format:
-        """Return what is propagated of all blocks."""
-        if not isinstance(p, Columns):
-            return Dense(p.values.reshape(g.shape))
-        if p.values.shape[1] * p.rows_per_group != rows:
-            raise ValueError(
-                f'reduce="local" needs blocks of whole groups: {p.rows_per_group} rows share a choice, and a block '
-                f"has {rows} rows. Choose rows_per_group so that it divides them, or None."
-            )
-        return dataclasses.replace(
-            p,
-            values=p.values.reshape(-1, *p.values.shape[2:]),
-            index=p.index.reshape(-1, p.kept_per_group),
-            scale=None if p.scale is None else p.scale.reshape(-1),
-            shape=(g.shape[0], g.shape[1]),
-        )
+        joined = p.joined(g.shape) or Dense(jax.vmap(lambda own: own.materialize())(p).reshape(g.shape))
+        return Weighted(joined, total, weight)
 
     def per_example(self, rows: int) -> Sparsifier:
         assert self.block.inner.per_example is not None

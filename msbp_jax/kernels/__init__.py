@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from msbp_jax.formats import Columns
+from msbp_jax.formats import Columns, Format
 from msbp_jax.kernels import _arguments, _choose, _dispatch
 from msbp_jax.kernels._patches_pay import patches_pay as patches_pay
 from msbp_jax.kernels._platform import names as _names
@@ -91,7 +91,7 @@ def select_with_memory(
 
 
 def grad_input(
-    cotangent: Columns,
+    cotangent: Format,
     weight: Float[Array, ...],
     feature_axis: int,
     *,
@@ -102,7 +102,7 @@ def grad_input(
     """Return `dx = p wᵀ` for a compact cotangent `p`.
 
     Args:
-      cotangent: `p`, representing `[rows, n]`.
+      cotangent: `p`, representing `[rows, n]`: `Columns`, or a format with products of its own.
       weight: `[m, n]` if `feature_axis` is 1, `[n, m]` if it is 0.
       feature_axis: Where the `n` output features stand in `weight`.
       precision: As in `lax.dot_general`.
@@ -116,15 +116,17 @@ def grad_input(
       TypeError: A value of the wrong type or dtype.
       ValueError: A value of the wrong rank or size, or an unknown backend.
     """
-    _arguments.check_columns(cotangent)
-    _arguments.check_weight(cotangent, weight, feature_axis)
-    order = _choose.products_order(cotangent, weight.shape[1 - feature_axis])
-    arguments = cotangent, weight, feature_axis, precision, dtype
+    if _brings_products(cotangent):
+        return cotangent.grad_input(weight, feature_axis, precision=precision, dtype=dtype, backend=backend)
+    columns = _arguments.checked_columns(cotangent)
+    _arguments.check_weight(columns, weight, feature_axis)
+    order = _choose.products_order(columns, weight.shape[1 - feature_axis])
+    arguments = columns, weight, feature_axis, precision, dtype
     return _dispatch.run("grad_input", _GRAD_INPUT, backend, *arguments, order=order)
 
 
 def grad_weight(
-    cotangent: Columns,
+    cotangent: Format,
     inputs: Float[Array, "rows m"],
     feature_axis: int,
     *,
@@ -135,7 +137,7 @@ def grad_weight(
     """Return `dw = xᵀ p` for a compact cotangent `p`.
 
     Args:
-      cotangent: `p`, representing `[rows, n]`.
+      cotangent: `p`, representing `[rows, n]`: `Columns`, or a format with products of its own.
       inputs: `x`, `[rows, m]`.
       feature_axis: Where the `n` output features stand in the result.
       precision: As in `lax.dot_general`.
@@ -149,11 +151,17 @@ def grad_weight(
       TypeError: A value of the wrong type or dtype.
       ValueError: A value of the wrong rank or size, or an unknown backend.
     """
-    _arguments.check_columns(cotangent)
-    _arguments.check_inputs(cotangent, inputs, feature_axis)
-    order = _choose.products_order(cotangent, inputs.shape[1])
-    arguments = cotangent, inputs, feature_axis, precision, dtype
+    if _brings_products(cotangent):
+        return cotangent.grad_weight(inputs, feature_axis, precision=precision, dtype=dtype, backend=backend)
+    columns = _arguments.checked_columns(cotangent)
+    _arguments.check_inputs(columns, inputs, feature_axis)
+    order = _choose.products_order(columns, inputs.shape[1])
+    arguments = columns, inputs, feature_axis, precision, dtype
     return _dispatch.run("grad_weight", _GRAD_WEIGHT, backend, *arguments, order=order)
+
+
+def _brings_products(cotangent: Any) -> bool:
+    return isinstance(cotangent, Format) and type(cotangent).grad_input is not Format.grad_input
 
 
 def backends() -> dict[str, tuple[str, ...]]:

@@ -44,8 +44,8 @@ def check_memory(cotangent: Any, memory: Any) -> None:
         )
 
 
-def check_columns(cotangent: Any) -> None:
-    """Check a compact cotangent.
+def checked_columns(cotangent: Any) -> Columns:
+    """Return a compact cotangent of the format that the kernels take.
 
     Raises:
       TypeError: It is not `Columns` of floating-point values and integer index.
@@ -74,6 +74,7 @@ def check_columns(cotangent: Any) -> None:
         raise ValueError(f"cotangent.values keeps {k} columns of a cotangent that has {n}.")
     if not _compat.is_symbolic(groups, rows) and not (groups - 1) * r < rows <= groups * r:
         raise ValueError(f"cotangent.values has {groups} groups of {r} rows, which does not fit {rows} rows.")
+    return cotangent
 
 
 def check_weight(cotangent: Columns, weight: Any, feature_axis: Any) -> None:

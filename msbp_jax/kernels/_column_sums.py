@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from msbp_jax.formats import group_rows
-from msbp_jax.kernels._residual import Remembered, add_memory, finite
+from msbp_jax.formats import finite, group_rows
+from msbp_jax.kernels._residual import Remembered, add_memory
 
 
 def column_sums(

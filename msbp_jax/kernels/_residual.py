@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from msbp_jax.formats import Columns, Dense, Format, accumulation_dtype, group_rows
+from msbp_jax.formats import Format, accumulation_dtype, finite
 
 
 class Remembered(NamedTuple):
@@ -55,43 +55,6 @@ def left_of(
       by_slot: Whether each row keeps its own: `u - p`, `[rows, n]`, and `live` as numbers, `[rows, 1]`. Otherwise the
         sum over rows, `[n]`, and the number of rows that take part, `[1]`.
     """
-    left = _slots(u, p) if by_slot else _sum(u, p, live)
+    left = p.left_of(u) if by_slot else p.sum_left_of(u, live)
     rows = live.astype(jnp.float32)
     return finite(left.astype(jnp.float32)), rows if by_slot else rows.sum(axis=0)
-
-
-def finite(x: Float[Array, ...]) -> Float[Array, ...]:
-    """Return the array with 0 for entries that are not finite."""
-    return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
-
-
-def _sum(u: Float[Array, "rows n"], p: Format, live: Bool[Array, "rows 1"]) -> Float[Array, " n"]:
-    """Return the sum of `u - p` over rows in one pass over `u`, without a dense copy of either."""
-    if isinstance(p, Dense):
-        return jnp.where(live, finite(u - p.values), jnp.zeros((), u.dtype)).sum(axis=0)
-    dropped = ~p.kept_columns()
-    grouped = group_rows(u, p.rows_per_group)
-    total = jnp.where(dropped[:, None, :], finite(grouped), jnp.zeros((), u.dtype)).sum(axis=(0, 1))
-    if not p.unchanged:
-        total = total.at[p.index.reshape(-1)].add(_left_of_kept(u, p).sum(axis=1).reshape(-1))
-    return total
-
-
-def _slots(u: Float[Array, "rows n"], p: Format) -> Float[Array, "rows n"]:
-    """Return `u - p`."""
-    if isinstance(p, Dense):
-        return u - p.values
-    dropped = jnp.repeat(~p.kept_columns(), p.rows_per_group, axis=0)[: u.shape[0]]
-    left = jnp.where(dropped, u, jnp.zeros((), u.dtype))
-    if not p.unchanged:
-        rows = jnp.arange(u.shape[0])[:, None]
-        index = jnp.repeat(p.index, p.rows_per_group, axis=0)[: u.shape[0]]
-        kept = _left_of_kept(u, p).reshape(-1, p.kept_per_group)[: u.shape[0]]
-        left = left.at[rows, index].set(kept)
-    return left
-
-
-def _left_of_kept(u: Float[Array, "rows n"], p: Columns) -> Float[Array, "G r k"]:
-    """Return `u - p` at the entries that `p` keeps but has altered."""
-    before = jnp.take_along_axis(group_rows(u, p.rows_per_group), p.index[:, None, :], axis=2, mode="promise_in_bounds")
-    return finite(before - p.dequantized(before.dtype).values)

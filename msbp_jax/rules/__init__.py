@@ -9,6 +9,8 @@ from msbp_jax.rules._operation import Dims as Dims
 from msbp_jax.rules._operation import Operation as Operation
 from msbp_jax.rules._operations import CONTRACTIONS as CONTRACTIONS
 from msbp_jax.rules._operations import operation_of as operation_of
+from msbp_jax.rules._products import Path as Path
+from msbp_jax.rules._products import path_of as path_of
 from msbp_jax.rules._rule import Rule as Rule
 from msbp_jax.rules._rule import Site as Site
 from msbp_jax.rules._rule import sparse_contraction as sparse_contraction

@@ -18,8 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from msbp_jax import kernels
-from msbp_jax.formats import Columns, Size
-from msbp_jax.rules._operation import Dims, Operands, Shape, dense_products, narrow_products
+from msbp_jax.rules._operation import AsMatrices, Dims, Matrices, Operands, Shape
 from msbp_jax.rules._patches import Window
 
 
@@ -65,39 +64,24 @@ class Convolution:
         shape = [out[axis] for axis in order[:-1]]
         return jnp.transpose(g.reshape(*shape, g.shape[-1]), _inverse(order))
 
-    def path(self, groups: Size, lhs: Shape, rhs: Shape, backend: str | None) -> str:
-        """Return "narrow" for one choice, "dense" for a grouped convolution.
+    @property
+    def is_grouped(self) -> bool:
+        """Whether it is several convolutions of some of the features, or of some of the images, each."""
+        return self.feature_group_count > 1 or self.batch_group_count > 1
 
-        Several choices: "patches" where the kernels are asked for by name, or patches are measured to be faster than
-        the dense backward, else "dense".
-        """
+    def matrices_by(self, lhs: Shape, rhs: Shape, backend: str | None) -> Matrices:
+        """Return "by patches" where the kernels are asked for by name, or patches are measured to be faster."""
         del lhs
-        if self.feature_group_count > 1 or self.batch_group_count > 1 or backend == "dense":
-            return "dense"
-        if groups == 1:
-            return "narrow"
+        if self.is_grouped:
+            return Matrices.NOT
         features_out, features_in, *spatial = self.dimension_numbers.rhs_spec
         window, stride = math.prod(rhs[axis] for axis in spatial), math.prod(self.window_strides)
         pay = kernels.patches_pay(rhs[features_in], rhs[features_out], window, stride)
-        return "patches" if backend is not None or pay else "dense"
+        return Matrices.BY_PATCHES if backend is not None or pay else Matrices.NOT
 
-    def products(self, operands: Operands, p: Columns, out: Shape, backend: str | None) -> tuple[jax.Array, jax.Array]:
-        """Return the gradients of images and kernel."""
+    def as_matrices(self, operands: Operands, out: Shape) -> AsMatrices:
+        """Return the windows of the input laid out as rows, and the kernel as a matrix."""
         x, w = operands
-        match self.path(p.index.shape[0], x.shape, w.shape, backend):
-            case "narrow":
-                axis = self.dimension_numbers.rhs_spec[0]
-                g = self.program_g(p.dequantized(w.dtype).values[:, : p.shape[0]], operands, out)
-                return narrow_products(self.forward, x, w, axis, p.index[0], g)
-            case "patches":
-                return self._by_patches(x, w, p, out, backend)
-            case _:
-                g = p.dequantized(w.dtype).materialize()[None]
-                return dense_products(self, operands, self.program_g(g, operands, out))
-
-    def _by_patches(
-        self, x: jax.Array, w: jax.Array, p: Columns, out: Shape, backend: str | None
-    ) -> tuple[jax.Array, jax.Array]:
         x_order = _features_last(self.dimension_numbers.lhs_spec)
         features_out, features_in, *spatial = self.dimension_numbers.rhs_spec
         w_order = (*spatial, features_in, features_out)
@@ -109,13 +93,19 @@ class Convolution:
             rhs_dilation=self.rhs_dilation,
             positions=tuple(out[axis] for axis in self.dimension_numbers.out_spec[2:]),
         )
-        patches, back = jax.vjp(lambda x: window.patches(jnp.transpose(x, x_order)), x)
-        matrix = jnp.transpose(w, w_order).reshape(-1, p.shape[1])
-        how = {"precision": self.precision, "backend": backend}
-        (dx,) = back(kernels.grad_input(p, matrix, 1, dtype=x.dtype, **how))
-        dw = kernels.grad_weight(p, patches, 1, dtype=w.dtype, **how)
-        dw = dw.reshape([w.shape[axis] for axis in w_order])
-        return dx, jnp.transpose(dw, _inverse(w_order))
+        patches, pull_back = jax.vjp(lambda x: window.patches(jnp.transpose(x, x_order)), x)
+        matrix = jnp.transpose(w, w_order).reshape(-1, w.shape[features_out])
+
+        def give_back(dx: jax.Array, dw: jax.Array) -> tuple[jax.Array, jax.Array]:
+            dw = dw[0].reshape([w.shape[axis] for axis in w_order])
+            return pull_back(dx[0])[0], jnp.transpose(dw, _inverse(w_order))
+
+        return AsMatrices(patches[None], matrix[None], 1, self.precision, give_back)
+
+    @property
+    def feature_axis(self) -> int | None:
+        """The kernel's output channels: fewer of them make a smaller convolution, if it is not grouped."""
+        return None if self.is_grouped else self.dimension_numbers.rhs_spec[0]
 
 
 def _features_last(spec: Sequence[int]) -> Shape:

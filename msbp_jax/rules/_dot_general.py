@@ -1,4 +1,4 @@
-"""`lax.dot_general` as an operation of a rule: canonical form by transposition, products by the kernels."""
+"""`lax.dot_general` as an operation of a rule: canonical matrices by transposition."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float
 
-from msbp_jax import kernels
-from msbp_jax.formats import Columns, Size
 from msbp_jax.rules._dims import Contraction, DimensionNumbers, Side, contraction
-from msbp_jax.rules._operation import Dims, Operands, Shape
+from msbp_jax.rules._operation import AsMatrices, Dims, Matrices, Operands, Shape
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,30 +57,30 @@ class DotGeneral:
         """Return a canonical gradient in the shape that the program has."""
         return self._algebra(operands).program_g(g, out)
 
-    def path(self, groups: Size, lhs: Shape, rhs: Shape, backend: str | None) -> str:
-        """Return "rows": the kernels take any groups."""
-        del groups, lhs, rhs, backend
-        return "rows"
+    def matrices_by(self, lhs: Shape, rhs: Shape, backend: str | None) -> Matrices:
+        """Return that it is a product of matrices."""
+        del lhs, rhs, backend
+        return Matrices.DIRECTLY
 
-    def products(self, operands: Operands, p: Columns, out: Shape, backend: str | None) -> tuple[jax.Array, jax.Array]:
-        """Return the gradients of both operands."""
+    def as_matrices(self, operands: Operands, out: Shape) -> AsMatrices:
+        """Return its operands with their axes put together."""
         del out
         algebra = self._algebra(operands)
         lhs, rhs = operands
         x, w = (rhs, lhs) if self.side == "lhs" else (lhs, rhs)
 
-        def products(x: jax.Array, w: jax.Array, p: Columns) -> tuple[jax.Array, jax.Array]:
-            axis, how = algebra.feature_axis, {"precision": self.precision, "backend": backend}
-            dx = kernels.grad_input(p, w, axis, dtype=x.dtype, **how)
-            return dx, kernels.grad_weight(p, x, axis, dtype=w.dtype, **how)
+        def give_back(dx: jax.Array, dw: jax.Array) -> tuple[jax.Array, jax.Array]:
+            dx, dw = algebra.program_x(dx), algebra.program_w(dw)
+            return (dw, dx) if self.side == "lhs" else (dx, dw)
 
-        canonical_x, canonical_w = algebra.canonical_x(x), algebra.canonical_w(w)
-        if algebra.batch_shape:
-            dx, dw = jax.vmap(products)(canonical_x, canonical_w, p)
-        else:
-            dx, dw = (product[None] for product in products(canonical_x[0], canonical_w[0], p))
-        dx, dw = algebra.program_x(dx), algebra.program_w(dw)
-        return (dw, dx) if self.side == "lhs" else (dx, dw)
+        return AsMatrices(
+            algebra.canonical_x(x), algebra.canonical_w(w), algebra.feature_axis, self.precision, give_back
+        )
+
+    @property
+    def feature_axis(self) -> int | None:
+        """None: the products of matrices are better at few features."""
+        return None
 
     def _algebra(self, operands: Operands) -> Contraction:
         lhs, rhs = operands

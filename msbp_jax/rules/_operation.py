@@ -1,16 +1,16 @@
-"""What a rule asks of a contraction, whatever its kind: its forward, its sizes, and the products of its backward."""
+"""What a rule asks of a contraction, whatever its kind: its forward, its sizes, and what it can be turned into."""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from msbp_jax import _compat
-from msbp_jax.formats import Columns, Size
+from msbp_jax.formats import Size
 
 type Shape = tuple[Size, ...]
 type Operands = tuple[jax.Array, ...]
@@ -67,44 +67,41 @@ class Operation(Protocol):
         """Return a canonical gradient in the shape `out` that the program has."""
         ...
 
-    def path(self, groups: Size, lhs: Shape, rhs: Shape, backend: str | None) -> str:
-        """Say how `products` works on so many groups, for operands of these shapes.
-
-        "rows": by the kernels; "patches": by the kernels, on patches; "narrow": as the same contraction with the kept
-        features only; "dense": as the whole contraction, on the sparse gradient.
-        """
+    def matrices_by(self, lhs: Shape, rhs: Shape, backend: str | None) -> Matrices:
+        """Say how it becomes a product of matrices, for operands of these shapes and a backend of the products."""
         ...
 
-    def products(self, operands: Operands, p: Columns, out: Shape, backend: str | None) -> tuple[jax.Array, jax.Array]:
-        """Return the gradients of the first two operands for a compact cotangent `p`, its leaves batched if y is."""
+    def as_matrices(self, operands: Operands, out: Shape) -> AsMatrices:
+        """Return it as a product of matrices; asked only where `matrices_by` gives a way."""
+        ...
+
+    @property
+    def feature_axis(self) -> int | None:
+        """The weight's axis of output features, where fewer of them make a smaller contraction of the same kind."""
         ...
 
 
-def narrow_products(
-    forward: Callable[..., jax.Array],
-    x: Float[Array, ...],
-    w: Float[Array, ...],
-    axis: int,
-    index: Int[Array, " k"],
-    g: Float[Array, ...],
-) -> tuple[jax.Array, jax.Array]:
-    """Return (dx, dw) of a contraction of which only the output features `index` have a gradient.
+class Matrices(enum.Enum):
+    """How an operation becomes a product of matrices."""
 
-    Args:
-      forward: `(x, w) -> y` for a weight with any number of output features.
-      x: The inputs.
-      w: The weight, `n` output features on `axis`.
-      axis: Where they are.
-      index: Which of them are kept, distinct.
-      g: The gradient of the output, of these features alone.
+    DIRECTLY = "directly"
+    BY_PATCHES = "by patches"
+    NOT = "not"
+
+
+class AsMatrices(NamedTuple):
+    """A contraction in its canonical form, and the way back.
+
+    Attributes:
+      x: The inputs, `[batch, rows, m]`.
+      w: The weight, `[batch, m, n]` if `feature_axis` is 1, `[batch, n, m]` if it is 0.
+      feature_axis: Where `n` stands in each weight.
+      precision: Of the products.
+      give_back: Takes the gradients of `x` and `w` and returns those of the first two operands.
     """
-    kept = jnp.take(w, index, axis=axis, mode="clip", unique_indices=True)
-    dx, dw = jax.vjp(forward, x, kept)[1](g)
-    at: tuple[Any, ...] = (*(slice(None),) * axis, index)
-    return dx, jnp.zeros(w.shape, dw.dtype).at[at].set(dw, mode="promise_in_bounds", unique_indices=True)
 
-
-def dense_products(operation: Operation, operands: Operands, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the gradients of the first two operands as plain JAX computes them."""
-    dlhs, drhs = jax.vjp(lambda lhs, rhs: operation.forward(lhs, rhs, *operands[2:]), *operands[:2])[1](g)
-    return dlhs, drhs
+    x: Float[Array, "batch rows m"]
+    w: Float[Array, "batch ..."]
+    feature_axis: int
+    precision: Any
+    give_back: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]

@@ -13,8 +13,7 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float
 
-from msbp_jax.formats import Columns, Size
-from msbp_jax.rules._operation import Dims, Operands, Shape, dense_products, narrow_products
+from msbp_jax.rules._operation import AsMatrices, Dims, Matrices, Operands, Shape
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,16 +57,16 @@ class RaggedDot:
         del operands, out
         return g[0]
 
-    def path(self, groups: Size, lhs: Shape, rhs: Shape, backend: str | None) -> str:
-        """Return "narrow" for one choice, else "dense"."""
+    def matrices_by(self, lhs: Shape, rhs: Shape, backend: str | None) -> Matrices:
+        """Return that it is none: rows that share a choice may belong to several experts."""
         del lhs, rhs, backend
-        return "narrow" if groups == 1 else "dense"
+        return Matrices.NOT
 
-    def products(self, operands: Operands, p: Columns, out: Shape, backend: str | None) -> tuple[jax.Array, jax.Array]:
-        """Return the gradients of rows and experts."""
-        x, w, *sizes = operands
-        if self.path(p.index.shape[0], x.shape, w.shape, backend) == "dense":
-            g = p.dequantized(w.dtype).materialize()[None]
-            return dense_products(self, operands, self.program_g(g, operands, out))
-        g = p.dequantized(w.dtype).values[0][: p.shape[0]]
-        return narrow_products(lambda x, w: self.forward(x, w, *sizes), x, w, 2, p.index[0], g)
+    def as_matrices(self, operands: Operands, out: Shape) -> AsMatrices:
+        """Never asked."""
+        raise NotImplementedError
+
+    @property
+    def feature_axis(self) -> int | None:
+        """The last one: fewer features make a smaller ragged product."""
+        return 2

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from msbp_jax import _compat
-from msbp_jax.formats import Columns, Format
+from msbp_jax.formats import Format
 from msbp_jax.rules._dims import Side
 from msbp_jax.rules._members import each_member, member_keys
-from msbp_jax.rules._operation import Dims, Operands, Operation, dense_products
+from msbp_jax.rules._operation import Dims, Operands, Operation
+from msbp_jax.rules._products import dense_products, products
 from msbp_jax.rules._way_back import Carriers, given
 from msbp_jax.sparsifiers._base import Sparsifier, State, Weighted
 from msbp_jax.sparsifiers._keys import Kinds, bits_as_keys, keys_as_bits
@@ -140,11 +141,11 @@ def _products(
     else:
         p, total, weight = _sparsify(rule.sparsifier, operation.canonical_g(g, operands), state, dims)
         density = _density(p, dims) if observed else density
-        if isinstance(p, Columns):
-            dlhs, drhs = operation.products(operands, p, g.shape, rule.backend)
-        else:
-            values = p.values if dims.batch_shape else p.values[None]
-            dlhs, drhs = dense_products(operation, operands, operation.program_g(values, operands, g.shape))
+        of_x, of_w = p.parts
+        dlhs, drhs = products(operation, operands, of_x, dims, g.shape, rule.backend)
+        if of_w is not of_x:  # of each pair of products one is not used, and XLA leaves it out
+            other = products(operation, operands, of_w, dims, g.shape, rule.backend)
+            dlhs, drhs = (other[0], drhs) if rule.side == "lhs" else (dlhs, other[1])
     returned = _returned(state, total, weight, g) if remembers else []
     look: dict[str, jax.Array] = {}
     if observed:
@@ -178,5 +179,5 @@ def _sparsify(sparsifier: Sparsifier, g: jax.Array, state: State, dims: Dims) ->
 
 def _density(p: Format, dims: Dims) -> jax.Array:
     """Return the share of entries that are propagated and not 0."""
-    entries = float(dims.batch * dims.rows * dims.n)  # more than an int32 holds, of a large layer
-    return jnp.sum(p.values != 0, dtype=jnp.float32) / entries
+    kept = jax.vmap(lambda p: p.entries())(p).sum() if dims.batch_shape else p.entries()
+    return kept / float(dims.batch * dims.rows * dims.n)  # more than an int32 holds, of a large layer

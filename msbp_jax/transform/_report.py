@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
-from msbp_jax.formats import Columns
+from msbp_jax.formats import Columns, Format
 from msbp_jax.kernels import _choose
+from msbp_jax.rules import Path, path_of
 from msbp_jax.transform._sites import Site
 
 
@@ -25,7 +27,8 @@ class SparseRow:
       m: Contracted features.
       n: Output features.
       sparsifier: Name of its sparsifier.
-      k: Features kept; None where it cannot be known before running.
+      keeps: What of the gradient is kept, as far as shapes tell.
+      k: Features kept; None for a format that does not keep as many for all.
       rows_per_group: Rows that share a choice; None likewise.
       backend: Backend that will run.
       saved: Share of the backward's multiply-adds that is saved.
@@ -39,6 +42,7 @@ class SparseRow:
     m: int
     n: int
     sparsifier: str
+    keeps: str
     k: int | None
     rows_per_group: int | None
     backend: str
@@ -107,17 +111,9 @@ def make_report(sites: list[Site], backend: str | None) -> Report:
 def _sparse_row(site: Site, backend: str | None) -> SparseRow:
     assert site.sparsifier is not None
     assert site.operation is not None
-    dims, kept = site.dims, _kept(site)
-    k, group = kept or (None, None)
-    shapes = site.found.lhs.shape, site.found.rhs.shape
-    path = "" if group is None else site.operation.path(-(-dims.rows // group), *shapes, backend)
-    chosen = ""
-    if kept is not None:
-        chosen = backend or _choose.fastest_first(dims.rows, dims.m, dims.n, *kept)[0]
-        chosen = {"rows": chosen, "patches": f"{chosen}, patches", "narrow": "xla, narrow", "dense": "xla, dense"}[path]
-    instances = 1
-    for size in site.instances:
-        instances *= size
+    dims, p = site.dims, _abstract_result(site)
+    paths = [path_of(q, site.operation, site.found.lhs.shape, site.found.rhs.shape, backend) for q in p.parts]
+    shares = [1.0 if path is Path.DENSE else q.kept_share() for q, path in zip(p.parts, paths, strict=True)]
     return SparseRow(
         name=site.name,
         contraction=_shapes(site),
@@ -125,17 +121,34 @@ def _sparse_row(site: Site, backend: str | None) -> SparseRow:
         m=dims.m,
         n=dims.n,
         sparsifier=site.sparsifier.name,
-        k=k,
-        rows_per_group=group,
-        backend=chosen,
-        saved=0.0 if k is None or path == "dense" else 1 - k / dims.n,
-        instances=instances,
-        warning=_warning(site, path, kept, backend),
+        keeps=p.describe(),
+        k=getattr(p, "kept_per_group", None),
+        rows_per_group=getattr(p, "rows_per_group", None),
+        backend=_chosen(site, p, paths, backend),
+        saved=1 - sum(1.0 if share is None else share for share in shares) / 2,
+        instances=math.prod(site.instances),
+        warning=_warning(site, p, paths, backend),
     )
 
 
-def _warning(site: Site, path: str, kept: tuple[int, int] | None, backend: str | None) -> str:
-    if path == "dense":
+def _chosen(site: Site, p: Format, paths: list[Path], backend: str | None) -> str:
+    """Say which backend runs the products, and on which path."""
+    names = []
+    for q, path in zip(p.parts, paths, strict=True):
+        kernel = backend or _fastest(site, q)
+        how = {Path.ROWS: kernel, Path.PATCHES: f"{kernel}, patches", Path.NARROW: "xla, narrow"}
+        names.append(how.get(path, "xla, dense"))
+    return names[0] if names[0] == names[1] else f"dx {names[0]}; dw {names[1]}"
+
+
+def _fastest(site: Site, p: Format) -> str:
+    kept = _kept(p)
+    return "its own" if kept is None else _choose.fastest_first(site.dims.rows, site.dims.m, site.dims.n, *kept)[0]
+
+
+def _warning(site: Site, p: Format, paths: list[Path], backend: str | None) -> str:
+    kept = _kept(p)
+    if Path.DENSE in paths and p.kept_share() is not None:
         if site.found.primitive == "conv_general_dilated" and backend is None and not _is_grouped(site):
             return (
                 "it is slower than the dense backward (by the selection): its products run whole, on the sparse "
@@ -146,7 +159,7 @@ def _warning(site: Site, path: str, kept: tuple[int, int] | None, backend: str |
             "its products run whole, on the sparse gradient, which is slower than the dense backward (by the "
             "selection): a grouped contraction gains nothing from groups of rows. msbp.dense() leaves it out."
         )
-    if kept is None or path != "rows":
+    if kept is None or paths != [Path.ROWS, Path.ROWS]:
         return ""
     return _choose.warning(site.dims.rows, site.dims.m, site.dims.n, *kept, backend)
 
@@ -156,12 +169,17 @@ def _is_grouped(site: Site) -> bool:
     return max(counts) > 1
 
 
-def _kept(site: Site) -> tuple[int, int] | None:
-    """Return (k, rows per group), which the sparsifier's abstract result tells; None if it is not `Columns`."""
+def _kept(p: Format) -> tuple[int, int] | None:
+    """Return (k, rows per group), for which there is a cost model; None for a format of another kind."""
+    return (p.kept_per_group, p.rows_per_group) if isinstance(p, Columns) else None
+
+
+def _abstract_result(site: Site) -> Format:
+    """Return what the sparsifier makes, in shapes and dtypes."""
     sparsifier, aval = site.sparsifier, site.cotangent
     assert sparsifier is not None
-    p, _ = jax.eval_shape(lambda u: sparsifier.apply(u, sparsifier.init(aval)), aval)
-    return (p.kept_per_group, p.rows_per_group) if isinstance(p, Columns) else None
+    p: Format = jax.eval_shape(lambda u: sparsifier.apply(u, sparsifier.init(aval)), aval)[0]
+    return p
 
 
 def _shapes(site: Site) -> str:
@@ -173,12 +191,11 @@ def _sparse_table(report: Report) -> Table:
     table = Table(
         title=f"Sparse backward: {report.saved:.1%} of all backward multiply-adds saved", title_justify="left"
     )
-    for heading in ("site", "contraction", "sparsifier", "k of n", "rows/group", "memories", "backend", "saved"):
+    for heading in ("site", "contraction", "sparsifier", "keeps", "rows/group", "memories", "backend", "saved"):
         table.add_column(heading, overflow="fold")
     for row in report.sparse:
-        k = "?" if row.k is None else str(row.k)
         group = "?" if row.rows_per_group is None else str(row.rows_per_group)
-        cells = (f"{k} of {row.n}", group, str(row.instances), row.backend, f"{row.saved:.1%}")
+        cells = (row.keeps, group, str(row.instances), row.backend, f"{row.saved:.1%}")
         table.add_row(row.name, row.contraction, row.sparsifier, *cells)
     return table
 
