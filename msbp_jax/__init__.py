@@ -17,6 +17,8 @@ from msbp_jax.memory import MemorizedState as MemorizedState
 from msbp_jax.memory import memorized as memorized
 from msbp_jax.sparsifiers import RandomKState as RandomKState
 from msbp_jax.sparsifiers import Sparsifier as Sparsifier
+from msbp_jax.sparsifiers import Stays as Stays
+from msbp_jax.sparsifiers import Where as Where
 from msbp_jax.sparsifiers import dense as dense
 from msbp_jax.sparsifiers import random_k as random_k
 from msbp_jax.sparsifiers import top_k as top_k

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -12,9 +13,10 @@ from msbp_jax import _checks, _compat
 from msbp_jax.formats import Dense, Format
 from msbp_jax.kernels._residual import add_memory, left_of, takes_part
 from msbp_jax.sparsifiers import RandomKState, Sparsifier
-from msbp_jax.sparsifiers._base import State, Weighted
+from msbp_jax.sparsifiers._base import State, Weighted, serving
 from msbp_jax.sparsifiers._keys import split_keys
 from msbp_jax.sparsifiers._weighted import apply_weighted, settled
+from msbp_jax.sparsifiers._where import Stays, Where
 
 
 class MemorizedState(NamedTuple):
@@ -29,12 +31,27 @@ class MemorizedState(NamedTuple):
     inner: State
 
 
+class ScheduledState(NamedTuple):
+    """Inner state of a memorized sparsifier whose decay is a schedule.
+
+    Attributes:
+      step: How many steps the site has seen, float32, `[]`.
+      inner: State of the wrapped sparsifier.
+    """
+
+    step: jax.Array
+    inner: State
+
+
 _compat.serializable(MemorizedState)
+_compat.serializable(ScheduledState)
+
+type Schedule = Callable[[Any], Any]
 
 
 def memorized(
     sparsifier: Sparsifier,
-    decay: float,
+    decay: float | Schedule,
     *,
     reduce: Literal["mean", "slot", "local"] = "mean",
     shards: int | None = None,
@@ -52,7 +69,8 @@ def memorized(
 
     Args:
       sparsifier: `S`, any sparsifier without a memory.
-      decay: How much of the residual is carried on, in [0, 1]; the paper's memory ratio. `decay=0` is `S` itself.
+      decay: How much of the residual is carried on, in [0, 1]; the paper's memory ratio. `decay=0` is `S` itself. Or a
+        schedule such as Optax's, from the number of steps that the site has seen to such a number.
       reduce: `"mean"`: m is `[n]`, the mean of the residual over rows, added to every row, whatever the batch size.
         `"slot"`: m is `[rows, n]`, each row for itself; every step must then have the same number of rows.
         `"local"`: m is `[shards, n]`; the rows are cut into `shards` equal blocks, each of which chooses and remembers
@@ -79,7 +97,8 @@ def memorized(
     """
     if not isinstance(sparsifier, Sparsifier):
         raise TypeError(f"memorized wraps a Sparsifier such as msbp.top_k(density=0.04), got {sparsifier!r}.")
-    ratio = _checks.fraction("decay", decay, zero=True, meaning="share of the residual that is carried on")
+    meaning = "share of the residual that is carried on; or a schedule"
+    ratio = decay if callable(decay) else _checks.fraction("decay", decay, zero=True, meaning=meaning)
     if reduce not in ("mean", "slot", "local"):
         raise ValueError(
             f'reduce must be "mean" (one memory of [n]), "slot" (one of [rows, n]) or "local" (one of [n] for each '
@@ -89,9 +108,8 @@ def memorized(
         if reduce != "local":
             raise ValueError(f'shards={shards!r} is for reduce="local", got reduce={reduce!r}. Leave it out.')
         _checks.positive_int("shards", shards, "blocks of rows with a memory each")
-    for inner in (sparsifier, sparsifier.per_shard):
-        if inner is not None and isinstance(getattr(inner.apply, "__self__", None), _Memorized | _Shards):
-            raise _has_a_memory(sparsifier)
+    if isinstance(getattr(sparsifier.apply, "__self__", None), _Memorized | _Shards):
+        raise _has_a_memory(sparsifier)
     if ratio == 0:
         return sparsifier
     if reduce != "local":
@@ -102,51 +120,60 @@ def memorized(
 @dataclasses.dataclass(frozen=True)
 class _Memorized:
     inner: Sparsifier
-    decay: float
+    decay: float | Schedule
     by_slot: bool
 
     def sparsifier(self) -> Sparsifier:
-        inner = self.inner
         return Sparsifier(
             init=self.init,
             apply=self.apply,
-            name=f"memorized({inner.name}, decay={self.decay:g}{', reduce="slot"' if self.by_slot else ''})",
-            is_identity=inner.is_identity,
-            per_example=None if inner.per_example is None else self.per_example,
-            per_shard=None
-            if inner.per_shard is None
-            else dataclasses.replace(self, inner=inner.per_shard).sparsifier(),
+            name=self.name('reduce="slot"' if self.by_slot else ""),
+            at=self.at,
             weighted=self.weighted,
+            per_device=self.inner.per_device,
+            wants=self.inner.wants,
         )
+
+    def name(self, *how: str) -> str:
+        decay = "schedule" if callable(self.decay) else f"{self.decay:g}"
+        return f"memorized({', '.join(filter(None, (self.inner.name, f'decay={decay}', *how)))})"
+
+    def at(self, where: Where) -> Sparsifier | Stays:
+        inner = serving(self.inner, where)
+        return inner if isinstance(inner, Stays) else dataclasses.replace(self, inner=inner).sparsifier()
 
     def init(self, aval: jax.ShapeDtypeStruct) -> MemorizedState:
         shape = aval.shape if self.by_slot else aval.shape[1:]
         inner = self.inner.init(aval)
         if any(isinstance(node, MemorizedState) for node in jax.tree.leaves(inner, is_leaf=_is_memory)):
             raise _has_a_memory(self.inner)
+        if callable(self.decay):
+            inner = ScheduledState(jnp.zeros((), jnp.float32), inner)
         return MemorizedState(jnp.zeros(shape, jnp.float32), inner)
 
-    def apply(self, g: jax.Array, state: MemorizedState) -> tuple[Format, MemorizedState]:
-        p, total, weight = self.weighted(g, state)
+    def apply(self, g: jax.Array, state: MemorizedState, **seen: jax.Array) -> tuple[Format, MemorizedState]:
+        p, total, weight = self.weighted(g, state, **seen)
         return p, settled(state, total, weight)
 
-    def weighted(self, g: jax.Array, state: MemorizedState) -> Weighted:
+    def weighted(self, g: jax.Array, state: MemorizedState, **seen: jax.Array) -> Weighted:
         p: Format
+        inner = state.inner.inner if callable(self.decay) else state.inner
         if self.inner.with_memory is not None and g.shape[0] != 0:
             p, left, rows = self.inner.with_memory(g, state.residual)
-            total, weight = state.inner, state.inner
+            total, weight = inner, inner
         else:
             live = takes_part(g)
             u = add_memory(g, state.residual, live)
-            p, total, weight = apply_weighted(self.inner, u, state.inner, live)
+            p, total, weight = apply_weighted(self.inner, u, inner, live, **seen)
             left, rows = left_of(u, p, live, by_slot=self.by_slot)
             p = p.astype(g.dtype)
-        left = jnp.asarray(self.decay, left.dtype) * left
+        decay: Any = self.decay
+        if callable(self.decay):
+            step, count = state.inner.step, rows.sum()
+            decay = self.decay(step)
+            total, weight = ScheduledState((step + 1) * count, total), ScheduledState(count, weight)
+        left = jnp.asarray(decay, left.dtype) * left
         return Weighted(p, MemorizedState(left, total), MemorizedState(rows, weight))
-
-    def per_example(self, rows: int) -> Sparsifier:
-        assert self.inner.per_example is not None
-        return dataclasses.replace(self, inner=self.inner.per_example(rows)).sparsifier()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,16 +194,23 @@ class _Shards:
         return self.block.sparsifier()
 
     def sparsifier(self) -> Sparsifier:
-        own = self.inner
         return Sparsifier(
             init=self.init,
             apply=self.apply,
-            name=f'memorized({self.block.inner.name}, decay={self.block.decay:g}, reduce="local")',
-            is_identity=own.is_identity,
-            per_example=None if own.per_example is None else self.per_example,
-            per_shard=own.per_shard or own,
+            name=self.block.name('reduce="local"'),
+            at=self.at,
             weighted=self.weighted,
+            wants=self.block.inner.wants,
         )
+
+    def at(self, where: Where) -> Sparsifier | Stays:
+        if where.on_devices:  # each is a block, and keeps its own state
+            own = self.block.at(where)
+            return own if isinstance(own, Stays) else own._replace(per_device=True)
+        inner = serving(self.block.inner, where)
+        if isinstance(inner, Stays):
+            return inner
+        return dataclasses.replace(self, block=dataclasses.replace(self.block, inner=inner)).sparsifier()
 
     def blocks_of(self, aval: Any) -> tuple[int, jax.ShapeDtypeStruct]:
         """Return how many blocks there are, and what one looks like."""
@@ -197,21 +231,18 @@ class _Shards:
 
         return jax.tree.map(spread, self.inner.init(own))
 
-    def apply(self, g: jax.Array, state: State) -> tuple[Format, State]:
-        p, total, weight = self.weighted(g, state)
+    def apply(self, g: jax.Array, state: State, **seen: jax.Array) -> tuple[Format, State]:
+        p, total, weight = self.weighted(g, state, **seen)
         return p, settled(state, total, weight)
 
-    def weighted(self, g: jax.Array, state: State) -> Weighted:
+    def weighted(self, g: jax.Array, state: State, **seen: jax.Array) -> Weighted:
         count, own = self.blocks_of(g)
-        blocks = g.reshape(count, *own.shape)
-        p, total, weight = jax.vmap(lambda g, state: tuple(apply_weighted(self.inner, g, state)))(blocks, state)
+        by_block = {name: norms.reshape(count, -1) if name == "input_norms" else norms for name, norms in seen.items()}
+        axes = {name: 0 if name == "input_norms" else None for name in seen}
+        one = lambda g, state, seen: tuple(apply_weighted(self.inner, g, state, **seen))
+        p, total, weight = jax.vmap(one, in_axes=(0, 0, axes))(g.reshape(count, *own.shape), state, by_block)
         joined = p.joined(g.shape) or Dense(jax.vmap(lambda own: own.materialize())(p).reshape(g.shape))
         return Weighted(joined, total, weight)
-
-    def per_example(self, rows: int) -> Sparsifier:
-        assert self.block.inner.per_example is not None
-        block = dataclasses.replace(self.block, inner=self.block.inner.per_example(rows))
-        return dataclasses.replace(self, block=block).sparsifier()
 
 
 def check_no_states(params: Any) -> None:

@@ -103,9 +103,14 @@ class Convolution:
         return AsMatrices(patches[None], matrix[None], 1, self.precision, give_back)
 
     @property
-    def feature_axis(self) -> int | None:
-        """The kernel's output channels: fewer of them make a smaller convolution, if it is not grouped."""
-        return None if self.is_grouped else self.dimension_numbers.rhs_spec[0]
+    def narrows(self) -> bool:
+        """Whether fewer output channels make a smaller convolution: if it is not grouped."""
+        return not self.is_grouped
+
+    @property
+    def feature_axis(self) -> int:
+        """The kernel's axis of output channels."""
+        return int(self.dimension_numbers.rhs_spec[0])
 
 
 def _features_last(spec: Sequence[int]) -> Shape:

@@ -78,9 +78,14 @@ class DotGeneral:
         )
 
     @property
-    def feature_axis(self) -> int | None:
-        """None: the products of matrices are better at few features."""
-        return None
+    def narrows(self) -> bool:
+        """False: products of matrices are better at few features."""
+        return False
+
+    @property
+    def feature_axis(self) -> int:
+        """Never asked."""
+        raise NotImplementedError
 
     def _algebra(self, operands: Operands) -> Contraction:
         lhs, rhs = operands

@@ -76,8 +76,13 @@ class Operation(Protocol):
         ...
 
     @property
-    def feature_axis(self) -> int | None:
-        """The weight's axis of output features, where fewer of them make a smaller contraction of the same kind."""
+    def narrows(self) -> bool:
+        """Whether fewer output features make a smaller contraction of the same kind."""
+        ...
+
+    @property
+    def feature_axis(self) -> int:
+        """The weight's axis of output features; asked only where it is no product of matrices as it stands."""
         ...
 
 

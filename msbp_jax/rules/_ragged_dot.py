@@ -67,6 +67,11 @@ class RaggedDot:
         raise NotImplementedError
 
     @property
-    def feature_axis(self) -> int | None:
-        """The last one: fewer features make a smaller ragged product."""
+    def narrows(self) -> bool:
+        """True: fewer features make a smaller ragged product."""
+        return True
+
+    @property
+    def feature_axis(self) -> int:
+        """The last one."""
         return 2

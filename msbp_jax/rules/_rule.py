@@ -18,6 +18,7 @@ from msbp_jax import _compat
 from msbp_jax.formats import Format
 from msbp_jax.rules._dims import Side
 from msbp_jax.rules._members import each_member, member_keys
+from msbp_jax.rules._norms import norms
 from msbp_jax.rules._operation import Dims, Operands, Operation
 from msbp_jax.rules._products import dense_products, products
 from msbp_jax.rules._way_back import Carriers, given
@@ -139,7 +140,8 @@ def _products(
         total, weight = state, state
         dlhs, drhs = dense_products(operation, operands, g)
     else:
-        p, total, weight = _sparsify(rule.sparsifier, operation.canonical_g(g, operands), state, dims)
+        seen = norms(rule.sparsifier.wants, operation, operands, rule.side, dims, g.shape)
+        p, total, weight = _sparsify(rule.sparsifier, operation.canonical_g(g, operands), state, dims, seen)
         density = _density(p, dims) if observed else density
         of_x, of_w = p.parts
         dlhs, drhs = products(operation, operands, of_x, dims, g.shape, rule.backend)
@@ -168,13 +170,13 @@ def _returned(state: State, total: State, weight: State, g: jax.Array) -> list[C
 _compat.define_vjp_with_logs(_contract, _forward, _backward)
 
 
-def _sparsify(sparsifier: Sparsifier, g: jax.Array, state: State, dims: Dims) -> Weighted:
+def _sparsify(sparsifier: Sparsifier, g: jax.Array, state: State, dims: Dims, seen: dict[str, jax.Array]) -> Weighted:
     """Apply `S` to `[batch, rows, n]`, each batch element for itself."""
-    apply = lambda g, state: tuple(apply_weighted(sparsifier, g, state))
+    apply = lambda g, state, seen: tuple(apply_weighted(sparsifier, g, state, **seen))
     state = jax.tree.map(lambda leaf: member_keys(leaf, g), state)
     if dims.batch_shape:
-        return Weighted(*jax.vmap(apply)(g, state))
-    return Weighted(*apply(g[0], state))
+        return Weighted(*jax.vmap(apply)(g, state, seen))
+    return Weighted(*apply(g[0], state, {name: one[0] for name, one in seen.items()}))
 
 
 def _density(p: Format, dims: Dims) -> jax.Array:

@@ -24,15 +24,11 @@ import jax
 
 from msbp_jax import _checks
 from msbp_jax.formats import Format
+from msbp_jax.sparsifiers._where import Stays, Where, keeps_all
 
 type State = Any
 
 EXAMPLE = "example"
-
-
-def _never(aval: jax.ShapeDtypeStruct) -> bool:
-    del aval
-    return False
 
 
 class Weighted(NamedTuple):
@@ -56,19 +52,20 @@ class Sparsifier(NamedTuple):
     Attributes:
       init: Takes the cotangent's `jax.ShapeDtypeStruct`, shape `[rows, n]`, and returns the state: a pytree of
         arrays, `()` for none. Leaves that are typed PRNG keys are made different for every site by the library.
-      apply: Takes `u`, `[rows, n]`, and the state, and returns `(p, state)`, `p` being `Columns` or `Dense`.
+      apply: Takes `u`, `[rows, n]`, and the state, and returns `(p, state)`, `p` being a `Format` such as `Columns`.
+        What `wants` names is passed by these names.
       name: How the report calls it.
-      is_identity: Takes the same `ShapeDtypeStruct` and says whether `S(u) = u` there; such a site is evaluated as
-        plain JAX, without rule or state.
+      at: None, or what this becomes at a site: takes a `Where` and returns the sparsifier that serves there, itself
+        for example, or `Stays` with the reason why it is left dense: then it is evaluated as plain JAX, without rule
+        or state. Without it, sites of fewer features than `min_features` are left dense.
       with_memory: None, or for an `S` without state the selection with a memory in one go, where there is a faster way
         than `u = g + m`, `S(u)` and `u - p` one after the other: takes `(g, m)`, m being `[n]` or `[rows, n]`, and
         returns `(p, left, rows)` as `msbp_jax.kernels.select_with_memory` does. `memorized` uses it.
-      per_example: None, or what this becomes where each entry of the output's leading axis has so many rows
-        (`rows_per_group="example"`).
-      per_shard: None, or what this becomes inside a `shard_map`, where every device has a state of its own
-        (`reduce="local"`).
-      weighted: None, or `apply` for a state that a layer's several uses make together: takes `(u, state)` and returns
-        `Weighted`. Without it, each use weighs by its rows that are not 0.
+      weighted: None, or `apply` for a state that a layer's several uses make together: takes what `apply` does and
+        returns `Weighted`. Without it, each use weighs by its rows that are not 0.
+      per_device: Whether, inside a `shard_map`, every device has a state of its own, though they share the weight.
+      wants: What `apply` is to see besides, computed only for those who ask: `"input_norms"`, the Euclidean norm of
+        what each row of the output is made from, `[rows]`; `"weight_norms"`, that of each feature's weights, `[n]`.
 
     Example:
       Keep the first `k` features, whatever they hold:
@@ -83,13 +80,13 @@ class Sparsifier(NamedTuple):
     """
 
     init: Callable[[jax.ShapeDtypeStruct], State]
-    apply: Callable[[jax.Array, State], tuple[Format, State]]
+    apply: Callable[..., tuple[Format, State]]
     name: str = "custom"
-    is_identity: Callable[[jax.ShapeDtypeStruct], bool] = _never
+    at: Callable[[Where], Sparsifier | Stays] | None = None
     with_memory: Callable[[jax.Array, jax.Array], tuple[Format, jax.Array, jax.Array]] | None = None
-    per_example: Callable[[int], Sparsifier] | None = None
-    per_shard: Sparsifier | None = None
-    weighted: Callable[[jax.Array, State], Weighted] | None = None
+    weighted: Callable[..., Weighted] | None = None
+    per_device: bool = False
+    wants: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return self.name
@@ -102,6 +99,13 @@ class Sparsifier(NamedTuple):
 
     def __hash__(self) -> int:
         return hash(_by_value(self))
+
+
+def serving(sparsifier: Sparsifier, where: Where) -> Sparsifier | Stays:
+    """Return what serves at a site: the sparsifier's own answer; without one, itself unless the site is narrow."""
+    if sparsifier.at is not None:
+        return sparsifier.at(where)
+    return Stays(where.too_narrow) if where.too_narrow else sparsifier
 
 
 def _by_value(sparsifier: Sparsifier) -> tuple[Any, ...]:
@@ -122,9 +126,11 @@ class Count(NamedTuple):
         assert self.density is not None
         return max(1, round(self.density * n))
 
-    def keeps_all(self, aval: jax.ShapeDtypeStruct) -> bool:
-        """Whether that is all there are."""
-        return self.of(aval.shape[1]) >= aval.shape[1]
+    def why_not(self, name: str, where: Where) -> Stays | None:
+        """Return why nothing is to be chosen at a site, None if something is."""
+        if self.of(where.n) >= where.n:
+            return keeps_all(name, where.n)
+        return Stays(where.too_narrow) if where.too_narrow else None
 
     def __str__(self) -> str:
         return f"k={self.k}" if self.k is not None else f"density={self.density:g}"

@@ -6,6 +6,7 @@ import jax
 
 from msbp_jax.formats import Dense
 from msbp_jax.sparsifiers._base import Sparsifier, State
+from msbp_jax.sparsifiers._where import Stays, Where, keeps_all
 
 
 def dense() -> Sparsifier:
@@ -20,7 +21,7 @@ def dense() -> Sparsifier:
       >>> import msbp_jax as msbp
       >>> plan = {"head/*": msbp.dense(), "*": msbp.top_k(density=0.04, rows_per_group=32)}
     """
-    return Sparsifier(init=_init, apply=_apply, name="dense()", is_identity=_always)
+    return Sparsifier(init=_init, apply=_apply, name="dense()", at=_at)
 
 
 def _init(aval: jax.ShapeDtypeStruct) -> State:
@@ -32,6 +33,5 @@ def _apply(u: jax.Array, state: State) -> tuple[Dense, State]:
     return Dense(u), state
 
 
-def _always(aval: jax.ShapeDtypeStruct) -> bool:
-    del aval
-    return True
+def _at(where: Where) -> Stays:
+    return keeps_all("dense()", where.n)

@@ -21,6 +21,7 @@ from msbp_jax.sparsifiers._base import (
     rows_of,
 )
 from msbp_jax.sparsifiers._keys import StartingKey
+from msbp_jax.sparsifiers._where import Stays, Where
 
 
 class RandomKState(NamedTuple):
@@ -90,8 +91,7 @@ class _RandomK:
             init=self.init,
             apply=self.apply,
             name=describe("random_k", self.count, self.group)[:-1] + f", rescale={self.rescale})",
-            is_identity=self.count.keeps_all,
-            per_example=self.per_example if self.group == EXAMPLE else None,
+            at=self.at,
         )
 
     def init(self, aval: jax.ShapeDtypeStruct) -> RandomKState:
@@ -112,5 +112,8 @@ class _RandomK:
             columns = dataclasses.replace(columns, values=scaled, unchanged=False)
         return columns, RandomKState(next_key)
 
-    def per_example(self, rows: int) -> Sparsifier:
-        return dataclasses.replace(self, group=rows).sparsifier()
+    def at(self, where: Where) -> Sparsifier | Stays:
+        if (stays := self.count.why_not(self.sparsifier().name, where)) is not None:
+            return stays
+        group = where.rows_per_example if self.group == EXAMPLE else self.group
+        return dataclasses.replace(self, group=group).sparsifier()

@@ -20,6 +20,7 @@ from msbp_jax.sparsifiers._base import (
     describe,
     rows_of,
 )
+from msbp_jax.sparsifiers._where import Stays, Where
 
 
 def top_k(
@@ -77,9 +78,8 @@ class _TopK:
             init=self.init,
             apply=self.apply,
             name=describe("top_k", self.count, self.group),
-            is_identity=self.count.keeps_all,
+            at=self.at,
             with_memory=self.with_memory,
-            per_example=self.per_example if self.group == EXAMPLE else None,
         )
 
     def init(self, aval: jax.ShapeDtypeStruct) -> State:
@@ -96,5 +96,9 @@ class _TopK:
         k, group = self.count.of(g.shape[1]), rows_of(self.group)
         return kernels.select_with_memory(g, memory, k, group, backend=self.backend)
 
-    def per_example(self, rows: int) -> Sparsifier:
-        return dataclasses.replace(self, group=rows).sparsifier()
+    def at(self, where: Where) -> Sparsifier | Stays:
+        if (stays := self.count.why_not(self.sparsifier().name, where)) is not None:
+            return stays
+        group = where.rows_per_example if self.group == EXAMPLE else self.group
+        backend = "xla" if self.backend is None and where.backend == "xla" else self.backend
+        return dataclasses.replace(self, group=group, backend=backend).sparsifier()

@@ -15,7 +15,11 @@ from msbp_jax.sparsifiers._base import Sparsifier, State, Weighted
 
 
 def apply_weighted(
-    sparsifier: Sparsifier, u: Float[Array, "rows n"], state: State, live: Bool[Array, "rows 1"] | None = None
+    sparsifier: Sparsifier,
+    u: Float[Array, "rows n"],
+    state: State,
+    live: Bool[Array, "rows 1"] | None = None,
+    **seen: jax.Array,
 ) -> Weighted:
     """Apply a sparsifier to one use: by its own `weighted`, or with its new state weighted by the rows that take part.
 
@@ -24,10 +28,11 @@ def apply_weighted(
       u: `[rows, n]`.
       state: Its state.
       live: Which rows take part; None to see it in `u`.
+      **seen: What the sparsifier wants to see besides.
     """
     if sparsifier.weighted is not None:
-        return sparsifier.weighted(u, state)
-    p, new = sparsifier.apply(u, state)
+        return sparsifier.weighted(u, state, **seen)
+    p, new = sparsifier.apply(u, state, **seen)
     if not any(averages(leaf) for leaf in jax.tree.leaves(new)):
         return Weighted(p, new, jax.tree.map(_no_weight, new))
     rows = jnp.sum(takes_part(u) if live is None else live, dtype=jnp.float32)

@@ -18,21 +18,22 @@ class Plan:
 
     Attributes:
       entries: Pairs of a shell-style pattern (`*` crosses `/`) and a sparsifier.
-      min_features: Sites with fewer output features stay dense.
+      min_features: Sites with fewer output features stay dense, unless a pattern other than "*" names them.
     """
 
     entries: tuple[tuple[str, Sparsifier], ...]
     min_features: int
 
-    def match(self, name: str) -> Sparsifier | None:
+    def match(self, name: str) -> tuple[Sparsifier | None, bool]:
         """Return the sparsifier of the first pattern that matches a site's name, or the name without `#2`, `#3`, ...
 
         A contraction without a parameter has a name that starts with `@`; only a pattern that does so too matches it.
+        The second result is whether the pattern names sites at all, rather than everything: `"*"` does not.
         """
         for pattern, sparsifier in self.entries:
             if _matches(pattern, name):
-                return sparsifier
-        return None
+                return sparsifier, pattern != EVERYTHING
+        return None, False
 
     def check_used(self, names: Iterable[str]) -> None:
         """Raise if a pattern matches none of the names, or none that an earlier pattern does not match.

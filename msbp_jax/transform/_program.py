@@ -187,7 +187,7 @@ def trace(
         jaxpr=jaxpr,
         arguments=[*leaves, *traced],
         parameters=parameters,
-        sites=name_sites(found, parameters, plan),
+        sites=name_sites(found, parameters, plan, backend),
         rebuild=rebuild,
         plan=plan,
         label=label,

@@ -13,6 +13,7 @@ from rich.table import Table
 from msbp_jax.formats import Columns, Format
 from msbp_jax.kernels import _choose
 from msbp_jax.rules import Path, path_of
+from msbp_jax.sparsifiers._where import abstract_norms
 from msbp_jax.transform._sites import Site
 
 
@@ -178,7 +179,8 @@ def _abstract_result(site: Site) -> Format:
     """Return what the sparsifier makes, in shapes and dtypes."""
     sparsifier, aval = site.sparsifier, site.cotangent
     assert sparsifier is not None
-    p: Format = jax.eval_shape(lambda u: sparsifier.apply(u, sparsifier.init(aval)), aval)[0]
+    norms = abstract_norms(sparsifier.wants, aval)
+    p: Format = jax.eval_shape(lambda u, seen: sparsifier.apply(u, sparsifier.init(aval), **seen), aval, norms)[0]
     return p
 
 

@@ -21,9 +21,10 @@ from msbp_jax import _compat
 from msbp_jax._checks import is_array
 from msbp_jax.rules import Dims, Operation, Side, operation_of, plain
 from msbp_jax.sparsifiers import Sparsifier
-from msbp_jax.sparsifiers._base import State
+from msbp_jax.sparsifiers._base import State, serving
 from msbp_jax.sparsifiers._keys import fold_name, split_keys
 from msbp_jax.sparsifiers._weighted import apply_weighted, averages
+from msbp_jax.sparsifiers._where import Stays, Where, abstract_norms
 from msbp_jax.transform._discover import Found, Loop
 from msbp_jax.transform._plan import Plan
 
@@ -41,6 +42,7 @@ class Site:
       loops: The scans and mesh axes around it, outermost first.
       sparsifier: Its sparsifier; None where it stays dense.
       reason: Why it stays dense ("" if it does not).
+      dense_by_choice: Whether it does because the plan says so, or nothing of it.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Site:
     loops: tuple[Loop, ...]
     sparsifier: Sparsifier | None
     reason: str
+    dense_by_choice: bool
 
     @property
     def cotangent(self) -> jax.ShapeDtypeStruct:
@@ -86,11 +89,6 @@ class Site:
         ]
 
     @property
-    def dense_by_choice(self) -> bool:
-        """Whether it stays dense because the plan says so, or nothing of it."""
-        return self.reason == _UNNAMED or self.reason.endswith(_KEEPS_ALL.format(self.dims.n))
-
-    @property
     def is_empty(self) -> bool:
         """Whether there is nothing to compute: no rows, or nothing that they are made from."""
         return 0 in (self.repeats, self.dims.rows, self.dims.m, self.dims.n)
@@ -118,16 +116,21 @@ def _abstract_init(sparsifier: Sparsifier, cotangent: jax.ShapeDtypeStruct) -> S
 def _abstract_use(sparsifier: Sparsifier, cotangent: jax.ShapeDtypeStruct) -> tuple[State, State]:
     """Return the state and what it weighs, in shapes."""
     state = _abstract_init(sparsifier, cotangent)
-    return state, jax.eval_shape(lambda g, s: apply_weighted(sparsifier, g, s).weight, cotangent, state)
+    seen = abstract_norms(sparsifier.wants, cotangent)
+    use = lambda g, state, seen: apply_weighted(sparsifier, g, state, **seen).weight
+    return state, jax.eval_shape(use, cotangent, state, seen)
 
 
-def name_sites(found: Sequence[Found], parameters: Sequence[tuple[str, int]], plan: Plan) -> list[Site]:
+def name_sites(
+    found: Sequence[Found], parameters: Sequence[tuple[str, int]], plan: Plan, backend: str | None
+) -> list[Site]:
     """Return the sites of a program.
 
     Args:
       found: Its contractions, in the program's order.
       parameters: Path and size of each parameter leaf.
       plan: Which sparsifier each site gets.
+      backend: Which backend was asked for; None to choose.
     """
     uses: collections.Counter[str] = collections.Counter()
     names = {}
@@ -140,7 +143,7 @@ def name_sites(found: Sequence[Found], parameters: Sequence[tuple[str, int]], pl
         elif uses[name] > 1:
             name = f"{name}#{uses[name]}"
         names[contraction.place] = name
-    return [_site(names[contraction.place], contraction, plan) for contraction in found]
+    return [_site(names[contraction.place], contraction, plan, backend) for contraction in found]
 
 
 def init_memory(sites: Sequence[Site], label: str) -> dict[str, State]:
@@ -226,17 +229,16 @@ def _name(found: Found, parameters: Sequence[tuple[str, int]]) -> str:
     return min((-parameters[leaf][1], leaf, parameters[leaf][0]) for leaf in source.parameters)[2]
 
 
-def _site(name: str, found: Found, plan: Plan) -> Site:
+def _site(name: str, found: Found, plan: Plan, backend: str | None) -> Site:
     side: Side = found.side or "rhs"
     operation, dims, reason = _operation(found, side)
-    loops, sparsifier = found.loops, plan.match(name)
-    if sparsifier is not None and sparsifier.per_example is not None:
-        sparsifier = _by_example(sparsifier, dims.rows_per_example)
-    if sparsifier is not None and sparsifier.per_shard is not None and any(loop.mesh_axis for loop in loops):
-        # Each device has a state of its own, whether or not they share the weight.
-        sparsifier = sparsifier.per_shard
+    reason = _why_no_gradient(found) or found.sealed or reason
+    sparsifier, explicit = plan.match(name)
+    serves = None if sparsifier is None else _serving(sparsifier, _where(found, dims, plan, explicit, backend))
+    stays = Stays(reason) if reason else Stays(*_unnamed(found)) if serves is None else serves
+    loops = found.loops
+    if isinstance(stays, Sparsifier) and stays.per_device:
         loops = tuple(dataclasses.replace(loop, instances=loop.instances or loop.sharded) for loop in loops)
-    reason = _why_no_gradient(found) or found.sealed or reason or _why_dense(found, dims, sparsifier, plan)
     return Site(
         name=name,
         found=found,
@@ -244,24 +246,23 @@ def _site(name: str, found: Found, plan: Plan) -> Site:
         operation=operation,
         dims=dims,
         loops=loops,
-        sparsifier=None if reason else sparsifier,
-        reason=reason,
+        sparsifier=stays if isinstance(stays, Sparsifier) else None,
+        reason=stays.reason if isinstance(stays, Stays) else "",
+        dense_by_choice=isinstance(stays, Stays) and stays.by_choice,
     )
 
 
-_KEEPS_ALL = " keeps all {} features"
-_UNNAMED = "no pattern of the plan matches"
-
-
-def _why_dense(found: Found, dims: Dims, sparsifier: Sparsifier | None, plan: Plan) -> str:
-    """Return why a contraction that could be sparse is not, or ""."""
-    if sparsifier is None:
-        return _unnamed(found)
-    if sparsifier.is_identity(jax.ShapeDtypeStruct((dims.rows, dims.n), found.out.dtype)):
-        return sparsifier.name + _KEEPS_ALL.format(dims.n)
-    if dims.n < plan.min_features:
-        return f"{dims.n} features, fewer than min_features={plan.min_features}"
-    return ""
+def _where(found: Found, dims: Dims, plan: Plan, explicit: bool, backend: str | None) -> Where:
+    return Where(
+        rows=dims.rows,
+        n=dims.n,
+        m=dims.m,
+        dtype=found.out.dtype,
+        rows_per_example=dims.rows_per_example,
+        on_devices=any(loop.mesh_axis for loop in found.loops),
+        min_features=0 if explicit else plan.min_features,
+        backend=backend,
+    )
 
 
 def _why_no_gradient(found: Found) -> str:
@@ -282,16 +283,16 @@ def _operation(found: Found, side: Side) -> tuple[Operation | None, Dims, str]:
     return operation, operation.dims(found.lhs.shape, found.rhs.shape, found.out.shape), ""
 
 
-@functools.lru_cache(maxsize=1024)  # rules are compared by their sparsifier: one for each number of rows
-def _by_example(sparsifier: Sparsifier, rows: int) -> Sparsifier:
-    assert sparsifier.per_example is not None
-    return sparsifier.per_example(rows)
+@functools.lru_cache(maxsize=1024)
+def _serving(sparsifier: Sparsifier, where: Where) -> Sparsifier | Stays:
+    return serving(sparsifier, where)
 
 
-def _unnamed(found: Found) -> str:
+def _unnamed(found: Found) -> tuple[str, bool]:
+    """Return why a contraction that no pattern matches is dense, and whether that is what the plan asks for."""
     if found.side is not None:
-        return _UNNAMED
+        return "no pattern of the plan matches", True
     lhs, rhs = found.lhs_source, found.rhs_source
     if lhs.is_weight and rhs.is_weight:
-        return "both operands are made from parameters alone (what a function closes over is no data: pass it)"
-    return "no operand is a parameter alone; a pattern that starts with @ can name it"
+        return "both operands are made from parameters alone (what a function closes over is no data: pass it)", False
+    return "no operand is a parameter alone; a pattern that starts with @ can name it", False

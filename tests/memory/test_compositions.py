@@ -1,6 +1,5 @@
 """Sparsifiers within sparsifiers, and states within states: each composition is right, or refused with the reason."""
 
-import functools
 import pickle
 
 import jax
@@ -87,22 +86,53 @@ def test_a_memory_inside_a_users_own_is_a_memory(name):
         assert_trees_equal(got, want)
 
 
-def test_per_shard_and_per_example_are_passed_on():
-    """`per_shard` of what is wrapped is what the wrapper has inside a shard_map; `per_example` likewise."""
-    marked = functools.partial(halved, TOP)
-    inner = marked("whole", per_shard=marked("own"), per_example=lambda rows: marked(f"by {rows}"))
-    outer = msbp.memorized(inner, 0.5)
-    assert outer.per_shard.name == "memorized(own, decay=0.5)"
-    assert outer.per_example(4).name == "memorized(by 4, decay=0.5)"
-    assert msbp.memorized(TOP, 0.5).per_shard is None
-    local = msbp.memorized(inner, 0.5, reduce="local", shards=2)
-    assert local.per_example(4).name == 'memorized(by 4, decay=0.5, reduce="local")'
+WHERE = msbp.Where(rows=8, n=64, m=8, dtype=jnp.float32, rows_per_example=4, min_features=1)
+
+
+def test_what_the_inside_becomes_at_a_site_is_passed_on():
+    def at(where):
+        place = "device" if where.on_devices else f"{where.rows_per_example} rows"
+        return msbp.Stays("too short") if where.rows == 1 else halved(TOP, f"by {place}", at=at)
+
+    inner = halved(TOP, "whole", at=at)
+    for sparsifier, reduce in (
+        (msbp.memorized(inner, 0.5), ""),
+        (msbp.memorized(inner, 0.5, reduce="slot"), ', reduce="slot"'),
+        (msbp.memorized(inner, 0.5, reduce="local", shards=2), ', reduce="local"'),
+    ):
+        assert sparsifier.at(WHERE).name == f"memorized(by 4 rows, decay=0.5{reduce})"
+        on_devices = sparsifier.at(WHERE._replace(on_devices=True))
+        assert on_devices.name == f"memorized(by device, decay=0.5{reduce.replace(', reduce="local"', '')})"
+        assert on_devices.per_device == ("local" in reduce)
+        assert sparsifier.at(WHERE._replace(rows=1)) == msbp.Stays("too short")
+
+
+def test_who_gates_by_width():
+    narrow = WHERE._replace(n=10, min_features=64)
+    too_narrow = msbp.Stays("10 features, fewer than min_features=64")
+    for sparsifier in (TOP, *MEMORIZED.values(), msbp.random_k(k=2), msbp.memorized(halved(TOP), 0.5)):
+        assert sparsifier.at(narrow) == too_narrow
+    mindless = halved(TOP, at=lambda where: halved(TOP))  # of width it takes no notice
+    assert msbp.memorized(mindless, 0.5).at(narrow).name == "memorized(halved, decay=0.5)"
+    f = lambda plan: msbp.sparse_vjp(lambda p, x: x @ p["head"] + (x @ p["hidden"])[:, :10], plan)
+    params = {"head": W[:, :10], "hidden": W}
+    sites = lambda plan: set(f(plan).init_memory(params, X))
+    assert sites(TOP) == sites({"*": TOP}) == {"hidden"}
+    assert sites({"head": TOP, "*": TOP}) == sites({"h*": TOP}) == {"head", "hidden"}  # what is named is not overruled
+    assert sites(halved(TOP)) == {"hidden"}
+    assert sites(mindless) == {"head", "hidden"}
+
+
+def test_a_backend_that_is_asked_for_reaches_the_selection():
+    assert TOP.at(WHERE._replace(backend="xla")) == msbp.top_k(k=6, backend="xla")
+    assert TOP.at(WHERE._replace(backend="native")) == TOP
+    assert msbp.top_k(k=6, backend="native").at(WHERE._replace(backend="xla")) == msbp.top_k(k=6, backend="native")
 
 
 @pytest.mark.parametrize("reduce", ["mean", "slot", "local"])
-def test_per_shard_is_what_runs_inside_a_shard_map(reduce):
-    none = msbp.Sparsifier(init=lambda aval: (), apply=lambda u, s: (TOP.apply(u * 0, s)[0], s), name="nothing")
-    inner = msbp.Sparsifier(init=TOP.init, apply=TOP.apply, name="top", per_shard=none)
+def test_what_the_inside_becomes_on_a_device_runs_there(reduce):
+    nothing = msbp.Sparsifier(init=lambda aval: (), apply=lambda u, s: (TOP.apply(u * 0, s)[0], s), name="nothing")
+    inner = msbp.Sparsifier(init=TOP.init, apply=TOP.apply, name="top", at=lambda w: nothing if w.on_devices else TOP)
     how = {"reduce": reduce} | ({"shards": 8} if reduce == "local" else {})
     f = msbp.sparse_vjp(by_rows(product), msbp.memorized(inner, 0.5, **how))
     memory = f.init_memory(W, X)

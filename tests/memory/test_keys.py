@@ -40,6 +40,7 @@ def drawn(dw, rows):
 def keys_of(tree):
     """Return all keys of a pytree of states, one by one, as tuples of bits."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    assert leaves, "there are no keys to compare"
     return [tuple(bits.tolist()) for leaf in leaves for bits in np.asarray(jax.random.key_data(leaf)).reshape(-1, 2)]
 
 

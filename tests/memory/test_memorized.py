@@ -52,7 +52,8 @@ def test_decay_0_and_identity_need_no_memory():
     s = msbp.top_k(k=3)
     assert msbp.memorized(s, decay=0) is s
     assert msbp.memorized(s, decay=0.0, reduce="slot") is s
-    assert msbp.memorized(msbp.dense(), decay=0.5).is_identity(jax.ShapeDtypeStruct((2, 80), jnp.float32))
+    stays = msbp.memorized(msbp.dense(), decay=0.5).at(msbp.Where(rows=2, n=80, m=4, dtype=jnp.float32))
+    assert stays == msbp.Stays("dense() keeps all 80 features", by_choice=True)
 
 
 @pytest.mark.parametrize("reduce", ["mean", "slot"])

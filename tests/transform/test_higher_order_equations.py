@@ -163,13 +163,13 @@ def is_plain(f, program, params, x):
 def test_a_parameter_that_we_do_not_know_leaves_it_dense(name, monkeypatch):
     params, x = data()
     key = primitive(name) or {"closed_call": _compat.closed_call_p}.get(name, "shard_map")
-    needed, _ = _compat._PARAMETERS[key]
+    needed, _ = _compat._programs._PARAMETERS[key]
     one = sorted(needed)[-1]
-    monkeypatch.setitem(_compat._PARAMETERS, key, (needed - {one}, set()))
+    monkeypatch.setitem(_compat._programs._PARAMETERS, key, (needed - {one}, set()))
     f = msbp.sparse_vjp(functools.partial(PROGRAMS[name], plain), S)
     assert any(f"whose parameter {one} this version of msbp_jax does not know" in r for r in reasons(f, params, x))
     is_plain(f, PROGRAMS[name], params, x)
-    monkeypatch.setitem(_compat._PARAMETERS, key, (needed | {"removed"}, set()))
+    monkeypatch.setitem(_compat._programs._PARAMETERS, key, (needed | {"removed"}, set()))
     g = msbp.sparse_vjp(functools.partial(PROGRAMS[name], plain), S)
     assert any("which lacks the parameter removed in this version of JAX" in r for r in reasons(g, params, x))
     is_plain(g, PROGRAMS[name], params, x)

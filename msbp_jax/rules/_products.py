@@ -1,0 +1,116 @@
+"""From a compact cotangent to the gradients of a contraction: which path is taken, and the paths.
+
+| path | the operation | the cotangent |
+|---|---|---|
+| rows | is a product of matrices | has products |
+| narrow | becomes smaller with fewer output features | is 0 outside a few columns, the same for all rows |
+| patches | becomes a product of matrices on patches of its input | has products |
+| dense | | |
+
+The first whose line holds is taken; rule and report read the same table. A backend that is asked for by name runs
+wherever there are matrices, "dense" nowhere else than on the last path.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from msbp_jax import kernels
+from msbp_jax.formats import Format
+from msbp_jax.rules._operation import Dims, Matrices, Operands, Operation, Shape
+
+
+class Path(enum.Enum):
+    """How the products of a site are made."""
+
+    ROWS = "rows"
+    NARROW = "narrow"
+    PATCHES = "patches"
+    DENSE = "dense"
+
+
+def path_of(p: Format, operation: Operation, lhs: Shape, rhs: Shape, backend: str | None) -> Path:
+    """Return the path that the products take.
+
+    Args:
+      p: The cotangent; the shapes of its leaves are enough.
+      operation: The contraction.
+      lhs: Shape of the left operand.
+      rhs: Shape of the right operand.
+      backend: Backend that is asked for; None to choose.
+    """
+    if backend == "dense":
+        return Path.DENSE
+    matrices = operation.matrices_by(lhs, rhs, backend)
+    table = {
+        Path.ROWS: matrices is Matrices.DIRECTLY and p.has_products,
+        Path.NARROW: operation.narrows and p.columns_are_shared and backend in (None, "xla"),
+        Path.PATCHES: matrices is Matrices.BY_PATCHES and p.has_products,
+        Path.DENSE: True,
+    }
+    return next(path for path, holds in table.items() if holds)
+
+
+def products(
+    operation: Operation, operands: Operands, p: Format, dims: Dims, out: Shape, backend: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """Return the gradients of the first two operands.
+
+    Args:
+      operation: The contraction.
+      operands: Its operands.
+      p: The cotangent, its leaves with a leading axis `[batch]` if the contraction has batch axes.
+      dims: Canonical sizes.
+      out: Shape of the result.
+      backend: Backend that is asked for; None to choose.
+    """
+    lhs, rhs = operands[0].shape, operands[1].shape
+    match path_of(p, operation, lhs, rhs, backend):
+        case Path.ROWS | Path.PATCHES:
+            return _by_matrices(operation, operands, p, dims, out, backend)
+        case Path.NARROW:
+            return _narrow(operation, operands, p, out)
+        case Path.DENSE:
+            values = jax.vmap(lambda p: p.materialize())(p) if dims.batch_shape else p.materialize()[None]
+            return dense_products(operation, operands, operation.program_g(values, operands, out))
+
+
+def dense_products(operation: Operation, operands: Operands, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the gradients of the first two operands as plain JAX computes them."""
+    forward = lambda lhs, rhs: operation.forward(lhs, rhs, *operands[2:])
+    y, pull_back = jax.vjp(forward, *operands[:2])
+    dlhs, drhs = pull_back(g.astype(y.dtype))
+    return dlhs, drhs
+
+
+def _by_matrices(
+    operation: Operation, operands: Operands, p: Format, dims: Dims, out: Shape, backend: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """Return the products of the canonical matrices, by the kernels or the cotangent's own."""
+    matrices = operation.as_matrices(operands, out)
+    axis, how = matrices.feature_axis, {"precision": matrices.precision, "backend": backend}
+
+    def products(x: jax.Array, w: jax.Array, p: Format) -> tuple[jax.Array, jax.Array]:
+        dx = kernels.grad_input(p, w, axis, dtype=x.dtype, **how)
+        return dx, kernels.grad_weight(p, x, axis, dtype=w.dtype, **how)
+
+    if dims.batch_shape:
+        return matrices.give_back(*jax.vmap(products)(matrices.x, matrices.w, p))
+    dx, dw = products(matrices.x[0], matrices.w[0], p)
+    return matrices.give_back(dx[None], dw[None])
+
+
+def _narrow(operation: Operation, operands: Operands, p: Format, out: Shape) -> tuple[jax.Array, jax.Array]:
+    """Return the gradients of the contraction with the kept output features alone; one scatter puts dw in its place."""
+    x, w, *others = operands
+    axis = operation.feature_axis
+    index, values = p.shared_columns(w.dtype)
+    kept = jnp.take(w, index, axis=axis, mode="clip", unique_indices=True)
+    _, pull_back = jax.vjp(lambda x, w: operation.forward(x, w, *others), x, kept)
+    dx, dw = pull_back(operation.program_g(values[None], operands, out))
+    at: tuple[Any, ...] = (*(slice(None),) * axis, index)
+    return dx, jnp.zeros(w.shape, dw.dtype).at[at].set(dw, mode="promise_in_bounds", unique_indices=True)
