@@ -1,86 +1,95 @@
-"""Measure and write benchmarks/results: one JSON, one Markdown file, plots.
+"""Measure and write benchmarks/results: a JSON file a part, then all of them as one JSON and one Markdown file; plots.
 
 python -m benchmarks                       # everything; half an hour on two cores
 python -m benchmarks steps layers          # some of it; what was measured before is kept
 python -m benchmarks --torch-python PATH   # PyTorch from another interpreter
+python -m benchmarks --small               # minute sizes, to see that it runs; written into build/benchmarks
 
-layers      backward of one layer over shapes, densities and groups: each backend, dense XLA, PyTorch
-targets     backward of one layer, only dense and what is chosen, at the settings the project set itself
-select      the selection alone, over the time of reading the gradient once, on three kinds of gradients
-gradients   backward of one layer at density 0.04 on three kinds of gradients
-layout      the products with weights [in, out], as Flax has them, over the same with [out, in]
-steps       whole training steps: networks, optimizers, the bound of Amdahl's law, PyTorch
-memory      what a compiled step holds at its peak
-choice      every path of the products on a grid, and what the automatic choice takes of it
-compile     tracing and compiling a 12-layer step
-conv        backward of convolutions of a ResNet-18
-transformer a training step of a larger transformer at density 0.1
+Rows are written as they come. A part that was measured on this machine today, with the same settings, is not measured
+again, so that an interrupted run goes on where it stopped; the part that it was in is measured from its beginning.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
+import contextlib
+import functools
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
-from benchmarks import choice, compile_time, convolutions, layers, steps, tables
-from benchmarks.peers import Torch
-
-ROUNDS = {
-    "layers": 7,
-    "targets": 21,
-    "select": 11,
-    "gradients": 5,
-    "layout": 7,
-    "steps": 7,
-    "memory": 1,
-    "choice": 7,
-    "compile": 5,
-    "conv": 7,
-    "transformer": 5,
-}
+from benchmarks.helpers import machine, paths, plots, tables
+from benchmarks.helpers.peers import Torch
+from benchmarks.helpers.records import Records, finished, today
+from benchmarks.suite import choice
+from benchmarks.suite.context import Context, Part
+from benchmarks.suite.parts import PARTS, place
 
 
-def main() -> None:
-    """Measure and print tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*ROUNDS, []], help="what to measure; everything by default")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).with_name("results"), help="folder")
-    parser.add_argument("--data", type=pathlib.Path, help="folder with MNIST, to record gradients from")
-    parser.add_argument("--rounds", type=int, help="calls of each candidate that count")
-    parser.add_argument("--torch-python", help="interpreter that has PyTorch; this one by default")
-    parser.add_argument("--suffix", default="", help="added to the names of the parts in the results")
-    parser.add_argument("--fit", action="store_true", help="print coefficients of the cost model, fitted to `choice`")
-    args = parser.parse_args()
-    torch = Torch(args.torch_python)
-    print(torch.reason or f"PyTorch {torch.version}", flush=True)
-    measures: dict[str, Callable[[int], list[dict[str, Any]]]] = {
-        "layers": lambda rounds: layers.measure_products(rounds, torch),
-        "targets": layers.measure_targets,
-        "select": lambda rounds: layers.measure_select(rounds, args.data),
-        "gradients": lambda rounds: layers.measure_gradients(rounds, args.data),
-        "layout": layers.measure_layout,
-        "steps": lambda rounds: steps.measure_steps(rounds, torch),
-        "memory": lambda rounds: steps.measure_memory(),
-        "choice": choice.measure,
-        "compile": compile_time.measure,
-        "conv": convolutions.measure,
-        "transformer": steps.measure_transformer,
-    }
-    for part in args.parts or ROUNDS:
-        print(f"\n## {part}", flush=True)
-        rows = measures[part](args.rounds or ROUNDS[part])
-        when = {"date": datetime.date.today().isoformat(), "machine": tables.machine(torch.version or torch.reason)}
-        tables.write(args.out, {part + args.suffix: {**when, "rows": rows}})
-        print("\n" + tables.markdown(rows), flush=True)
-    torch.close()
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parts = "\n".join(f"{name:12}{part.about}" for name, part in PARTS.items())
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks",
+        description=f"{__doc__}\n{parts}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("parts", nargs="*", choices=tuple(PARTS), metavar="part", help="what to measure; everything by default")
+    add("--out", type=pathlib.Path, help="folder; benchmarks/results by default")
+    add("--data", type=pathlib.Path, help="folder with MNIST, to record gradients from")
+    add("--rounds", type=int, help="calls of each candidate that count")
+    add("--torch-python", help="interpreter that has PyTorch; this one by default")
+    add("--suffix", default="", help="added to the names of the parts in the results")
+    add("--small", action="store_true", help="minute sizes")
+    add("--again", action="store_true", help="measure what is there already, too")
+    add("--since", default=today(), metavar="DATE", help="what is from this day on is there; today by default")
+    add("--fit", action="store_true", help="print coefficients of the cost model, fitted to `choice`")
+    return parser
+
+
+def settings(part: Part, context: Context) -> dict[str, Any]:
+    """Return what the rows of a part depend on beside the machine."""
+    found: dict[str, Any] = {"rounds": context.rounds}
+    if part.records:
+        found["recorded on"] = "digits" if context.data is None else "MNIST"
+    if context.small:
+        found["small"] = True
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, write, and print tables.
+
+    Args:
+      arguments: Of the command line; those of the process by default.
+    """
+    args = parser().parse_args(arguments)
+    out = args.out or (paths.SMALL if args.small else paths.RESULTS)
+    with contextlib.closing(Torch(args.torch_python)) as torch:
+        print(torch.reason or f"PyTorch {torch.version}", flush=True)
+        records = Records(out / "parts", machine.describe(torch.version or torch.reason), args.since, args.again)
+        for name in args.parts or PARTS:
+            part = PARTS[name]
+            context = Context(args.rounds or (1 if args.small else part.rounds), torch, args.data, args.small)
+            print(f"\n## {name}{args.suffix}", flush=True)
+            rows = records.run(name + args.suffix, settings(part, context), functools.partial(part.measure, context))
+            assemble(out)
+            print("\n" + tables.markdown(rows), flush=True)
     if args.fit:
-        table = json.loads((args.out / "results.json").read_text())["choice"]["rows"]
-        for kind, coefficients in choice.fit(table).items():
+        for kind, coefficients in choice.fit(finished(records.folder)["choice"]["rows"]).items():
             print(f'    "{kind}": {coefficients},')
+
+
+def assemble(out: pathlib.Path) -> None:
+    """Put all parts that are finished, of this run and of those before, into results.json, results.md and plots.
+
+    Args:
+      out: The folder of the results; the parts are in `parts`.
+    """
+    parts = finished(out / "parts")
+    ordered = {name: parts[name] for name in sorted(parts, key=place)}
+    tables.write(out, "results", ordered, "Results", "python -m benchmarks")
+    plots.write(out, ordered)
 
 
 if __name__ == "__main__":

@@ -8,31 +8,37 @@ relative error) and printed.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks import gradients
-from benchmarks.layers import arrays, dense_backward
-from benchmarks.timing import medians, timed
+from benchmarks.helpers import gradients
+from benchmarks.helpers.backends import compiled
+from benchmarks.helpers.records import Row
+from benchmarks.helpers.timing import medians, timed
+from benchmarks.suite.context import SMALL, Context, Grid
+from benchmarks.suite.layers import arrays, dense_backward
 from msbp_jax import kernels
 from msbp_jax.kernels import _choose
 
-SHAPES = (
-    (16, 64, 64),
-    (32, 128, 128),
-    (128, 128, 128),
-    (128, 512, 512),
-    (32, 1024, 1024),
-    (1024, 256, 256),
-    (1024, 1024, 1024),
-    (128, 2048, 512),
-    (512, 512, 2048),
-    (1024, 64, 1024),
+GRID = Grid(
+    shapes=(
+        (16, 64, 64),
+        (32, 128, 128),
+        (128, 128, 128),
+        (128, 512, 512),
+        (32, 1024, 1024),
+        (1024, 256, 256),
+        (1024, 1024, 1024),
+        (128, 2048, 512),
+        (512, 512, 2048),
+        (1024, 64, 1024),
+    ),
+    densities=(0.01, 0.04, 0.1, 0.25, 0.5, 0.8),
+    groups={"1": 1, "4": 4, "10": 10, "32": 32, "all": None},
 )
-DENSITIES = (0.01, 0.04, 0.1, 0.25, 0.5, 0.8)
-GROUPS = (1, 4, 10, 32, None)
 
 
 def products(p: Any, x: jax.Array, w: jax.Array, backend: str) -> tuple[jax.Array, jax.Array]:
@@ -40,14 +46,13 @@ def products(p: Any, x: jax.Array, w: jax.Array, backend: str) -> tuple[jax.Arra
     return kernels.grad_input(p, w, 1, backend=backend), kernels.grad_weight(p, x, 1, backend=backend)
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
-    """Return the time of each path on the grid, and of the chosen one over the best."""
-    table = []
-    backends = kernels.backends()["grad_input"]
-    for rows, m, n in SHAPES:
+def measure(context: Context) -> Iterator[Row]:
+    """Yield the time of each path on the grid, and of the chosen one over the best."""
+    grid, backends = SMALL if context.small else GRID, compiled("grad_input")
+    for rows, m, n in grid.shapes:
         (x, w), g = arrays(rows, m, n), gradients.heavy_tailed(rows, n)
-        for group in GROUPS:
-            for density in DENSITIES:
+        for group in grid.groups.values():
+            for density in grid.densities:
                 if group is not None and group > rows:
                     continue
                 k = max(1, round(density * n))
@@ -59,21 +64,19 @@ def measure(rounds: int) -> list[dict[str, Any]]:
                         continue  # ten times slower than the others: known
                     function = jax.jit(functools.partial(products, backend=backend))
                     calls[backend] = timed(function, p, x, w)
-                ms = medians(calls, rounds if rows * m * n < 2**28 else max(5, rounds // 2))
+                ms = medians(calls, context.rounds if rows * m * n < 2**28 else max(5, context.rounds // 2))
                 layer = rows, m, n, k, min(group or rows, rows)
                 chosen = _choose.fastest_first(*layer)[0]
                 best = min(ms[backend] for backend in backends if backend in ms)
-                row = {"rows": rows, "in": m, "out": n, "k": k, "r": layer[-1]}
+                row: Row = {"rows": rows, "in": m, "out": n, "k": k, "r": layer[-1]}
                 row |= {f"{name}_ms": round(t, 3) for name, t in ms.items()}
                 row |= {"chosen": chosen, "chosen/best": round(ms.get(chosen, np.inf) / best, 2)}
                 row["dense/sparse"] = round(ms["plain"] / (ms["select"] + ms.get(chosen, np.inf)), 2)
                 row["expected"] = round(_choose.expected_speed_up(*layer), 2)
-                table.append(row)
-                print(row, flush=True)
-    return table
+                yield row
 
 
-def fit(table: list[dict[str, Any]]) -> dict[str, tuple[float, ...]]:
+def fit(table: list[Row]) -> dict[str, tuple[float, ...]]:
     """Return the coefficients of each path that fit the table best."""
     from scipy.optimize import nnls
 

@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,14 +49,14 @@ class SparseLinear(torch.autograd.Function):
     """y = x wᵀ + b with one of the backwards above; the bias has its dense gradient."""
 
     @staticmethod
-    def forward(ctx, x, w, b, k, method):  # noqa: ANN001, ANN205
+    def forward(ctx: Any, x: Any, w: Any, b: Any, k: int, method: str) -> torch.Tensor:
         """Return y."""
         ctx.save_for_backward(x, w)
         ctx.k, ctx.method = k, method
         return torch.addmm(b, x, w.t())
 
     @staticmethod
-    def backward(ctx, g):  # noqa: ANN001, ANN205
+    def backward(ctx: Any, g: Any) -> tuple[Any, ...]:
         """Return the gradients."""
         x, w = ctx.saved_tensors
         if not ctx.needs_input_grad[0]:  # the first layer
@@ -137,7 +138,8 @@ def main() -> None:
         else:
             name = request.pop("name")
             kind, arguments = request.popitem()
-            calls[name] = {"layer": layer, "step": step}[kind](**arguments)
+            makers: dict[str, Callable[..., Callable[[], object]]] = {"layer": layer, "step": step}
+            calls[name] = makers[kind](**arguments)
             answer = {}
         print(json.dumps(answer), flush=True)
 

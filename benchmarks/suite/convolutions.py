@@ -6,6 +6,7 @@ the sparse gradient. What `kernels/_patches_pay.py` chooses is held to this grid
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 
 import msbp_jax as msbp
-from benchmarks.timing import Timed, medians, timed
+from benchmarks.helpers.backends import compiled
+from benchmarks.helpers.records import Row
+from benchmarks.helpers.timing import Timed, medians, timed
+from benchmarks.suite.context import Context
 from msbp_jax import kernels
 
 
@@ -57,6 +61,7 @@ LAYERS = (
     Layer(32, 20, 32, 64, 4, 2),
     Layer(32, 9, 64, 64, 3, 1),
 )
+SMALL = (Layer(2, 6, 16, 16, 3, 1),)
 DENSITIES = (0.04, 0.1, 0.25)
 GROUPS: dict[str, int | str | None] = {"1": 1, "32": 32, "image": "example"}
 
@@ -67,11 +72,10 @@ def convolution(layer: Layer, w: jax.Array, x: jax.Array) -> jax.Array:
     return lax.conv_general_dilated(x, w, stride, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
-    """Return, for each layer and density, the time of the dense backward over that of each group size and path."""
-    table = []
-    on_patches = "native" if "native" in msbp.backends()["grad_input"] else "xla"
-    for layer in LAYERS:
+def measure(context: Context) -> Iterator[Row]:
+    """Yield, for each layer and density, the time of the dense backward over that of each group size and path."""
+    on_patches = "native" if "native" in compiled("grad_input") else "xla"
+    for layer in SMALL if context.small else LAYERS:
         keys = jax.random.split(jax.random.key(0), 3)
         x = jax.random.normal(keys[0], (layer.batch, layer.size, layer.size, layer.channels_in))
         fan_in = layer.window**2 * layer.channels_in
@@ -85,13 +89,11 @@ def measure(rounds: int) -> list[dict[str, Any]]:
             for name, group in GROUPS.items():
                 for path, backend in (("patches", on_patches), ("whole", "dense")):
                     calls[f"{name}, {path}"] = timed(_backward(layer, density, group, backend, w, x), w, x, g)
-            ms = medians(calls, rounds, warm_up=1)
-            row: dict[str, Any] = dict(layer._asdict()) | {"density": density, "dense_ms": round(ms["dense"], 2)}
+            ms = medians(calls, context.rounds, warm_up=1)
+            row: Row = dict(layer._asdict()) | {"density": density, "dense_ms": round(ms["dense"], 2)}
             row |= {f"dense/{name}": round(ms["dense"] / ms[name], 2) for name in calls if name != "dense"}
             row["chosen"] = "patches" if chosen(layer) else "whole"
-            table.append(row)
-            print(table[-1], flush=True)
-    return table
+            yield row
 
 
 def chosen(layer: Layer) -> bool:

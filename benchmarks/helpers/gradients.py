@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from msbp_jax.demo.data import load_digits, load_mnist
+from benchmarks.data import mnist
 from msbp_jax.testing import random_gradient
 
 
@@ -46,19 +47,19 @@ def recorded(rows: int, n: int, folder: pathlib.Path | None = None, steps: int =
       folder: Where MNIST lies; None for scikit-learn's digits.
       steps: Steps of Adam before.
     """
-    data = load_digits() if folder is None else load_mnist(folder)
-    train_x, train_y = np.asarray(data.train_x), np.asarray(data.train_y)
+    data = mnist.load(folder)
+    train_x, train_y = data.train_x, data.train_y
     module, tx = _Recorded(n), optax.adam(1e-3)
     variables = module.init(jax.random.key(0), jnp.asarray(train_x[:rows]))
     params, zeros = variables["params"], jnp.zeros((rows, n))
     draw = np.random.default_rng(0)
 
-    def loss(params: dict, output: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    def loss(params: Any, output: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
         logits = module.apply({"params": params, "perturbations": {"output": output}}, x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     @jax.jit
-    def step(params: dict, opt_state: optax.OptState, x: jax.Array, y: jax.Array) -> tuple[dict, optax.OptState]:
+    def step(params: Any, opt_state: optax.OptState, x: jax.Array, y: jax.Array) -> tuple[Any, optax.OptState]:
         updates, opt_state = tx.update(jax.grad(loss)(params, zeros[: len(x)], x, y), opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 

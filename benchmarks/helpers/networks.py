@@ -98,6 +98,11 @@ def settings() -> list[Setting]:
     return out
 
 
+def small() -> Setting:
+    """Return a network of minute size, to see that a measurement runs."""
+    return Setting("small MLP", MLP(64, 3), jnp.ones((8, 784)), jnp.zeros(8, jnp.int32), 4, (64, 3, 8))
+
+
 def large_transformer() -> Setting:
     """Return a transformer of 4 layers, 512 wide, on 16 sequences of 256 tokens."""
     tokens = jax.random.randint(jax.random.key(5), (16, 257), 0, 256)
@@ -126,7 +131,7 @@ def problem(
     return gradients, params, model.init_memory({"params": params}, setting.x)
 
 
-def loss_of(logits: jax.Array, y: jax.Array) -> jax.Array:
+def loss_of(logits: Any, y: jax.Array) -> jax.Array:
     """Return the mean cross-entropy."""
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
 

@@ -3,15 +3,15 @@
 A method's epochs run under scan, and `--at-once` seeds are trained together under vmap: one on a CPU, where it is
 fastest, all of them on a GPU. On one CPU core the whole table takes about an hour.
 
-    python benchmarks/accuracy.py --data FOLDER --out benchmarks/results/accuracy.json
+python -m studies accuracy --data FOLDER --out benchmarks/results/accuracy.json
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import flax
@@ -22,7 +22,8 @@ import numpy as np
 import optax
 
 import msbp_jax as msbp
-from msbp_jax.demo.data import Dataset, load_mnist
+from benchmarks.data import mnist
+from benchmarks.data.images import Images
 
 
 class MLP(nn.Module):
@@ -51,7 +52,7 @@ def methods(k: int, decay: float) -> dict[str, msbp.Sparsifier]:
 
 
 def train(
-    data: Dataset, sparsifier: msbp.Sparsifier, seeds: int, at_once: int, epochs: int, batch: int, rate: float
+    data: Images, sparsifier: msbp.Sparsifier, seeds: int, at_once: int, epochs: int, batch: int, rate: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return test accuracy in percent, `[epochs, seeds]`, and mean training loss, likewise."""
     model = msbp.sparse_vjp(MLP(rate=rate), sparsifier)
@@ -102,11 +103,9 @@ def train(
     return accuracies, losses
 
 
-def main() -> None:
-    """Train every method and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=pathlib.Path, required=True, help="folder with the four IDX files of MNIST")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="JSON file to write")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what this study can be told."""
+    parser.add_argument("--data", type=pathlib.Path, help="folder with MNIST; scikit-learn's digits without it")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--at-once", type=int, default=1, help="seeds trained together")
     parser.add_argument("--epochs", type=int, default=20)
@@ -115,10 +114,15 @@ def main() -> None:
     parser.add_argument("--decay", type=float, default=0.8)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--only", nargs="*", help="names of methods; all of them by default")
-    args = parser.parse_args()
-    data = load_mnist(args.data)
+
+
+def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Train every method; yield the table so far after each."""
+    data = mnist.load(args.data)
+    named = ("seeds", "at_once", "epochs", "batch", "k", "decay", "dropout")
     result: dict[str, Any] = {
-        "setting": {k: v for k, v in vars(args).items() if k not in ("data", "out", "only")},
+        "data": data.name,
+        "setting": {name: getattr(args, name) for name in named},
         "device": jax.devices()[0].device_kind,
         "versions": {"jax": jax.__version__, "flax": flax.__version__, "optax": optax.__version__},
         "methods": {},
@@ -129,15 +133,11 @@ def main() -> None:
         start = time.perf_counter()
         accuracy, loss = train(data, sparsifier, args.seeds, args.at_once, args.epochs, args.batch, args.dropout)
         last = accuracy[-1]
-        print(f"{name:20s} {last.mean():.2f} +- {last.std(ddof=1):.2f}  {np.round(last, 2)}", flush=True)
+        spread = last.std(ddof=1) if args.seeds > 1 else 0.0
+        print(f"{name:20s} {last.mean():.2f} +- {spread:.2f}  {np.round(last, 2)}", flush=True)
         result["methods"][name] = {
             "test_accuracy": np.round(accuracy, 3).tolist(),
             "train_loss": np.round(loss, 5).tolist(),
             "seconds": round(time.perf_counter() - start, 1),
         }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        yield result

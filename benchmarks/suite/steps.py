@@ -1,4 +1,4 @@
-"""Whole training steps beside plain JAX, PyTorch and the bound that Amdahl's law sets; and what they keep in memory.
+"""Whole training steps beside plain JAX, PyTorch and the bound that Amdahl's law sets.
 
 bound = dense step / (forward + optimizer + density x dense backward): what a backward whose time shrank with the
 density would reach, everything in it counted as sparse.
@@ -6,17 +6,24 @@ density would reach, everything in it counted as sparse.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import optax
 
 import msbp_jax as msbp
-from benchmarks.models import Setting, large_transformer, loss_of, problem, settings, step_of
-from benchmarks.peers import Torch
-from benchmarks.timing import Timed, medians, timed, training
+from benchmarks.helpers.networks import Setting, large_transformer, loss_of, problem, settings, small, step_of
+from benchmarks.helpers.records import Row
+from benchmarks.helpers.timing import Timed, medians, timed, training
+from benchmarks.suite.context import Context
 
 DENSITY, DECAY = 0.04, 0.8
+
+
+def networks(context: Context) -> list[Setting]:
+    """Return the networks that are measured."""
+    return [small()] if context.small else settings()
 
 
 def methods(setting: Setting) -> dict[str, msbp.Sparsifier | None]:
@@ -26,10 +33,10 @@ def methods(setting: Setting) -> dict[str, msbp.Sparsifier | None]:
     return {"dense": None, "top-k": top_k, "MSBP": msbp.memorized(top_k, decay=DECAY), "MSBP r=1": single}
 
 
-def measure_steps(rounds: int, torch: Torch) -> list[dict[str, Any]]:
-    """Return, for each network and optimizer, the ratios of a whole step."""
-    table = []
-    for setting in settings():
+def measure(context: Context) -> Iterator[Row]:
+    """Yield, for each network and optimizer, the ratios of a whole step."""
+    torch = context.torch
+    for setting in networks(context):
         for optimizer, tx in (("SGD", optax.sgd(0.01)), ("Adam", optax.adam(1e-3))):
             calls: dict[str, Timed] = {}
             for method, sparsifier in methods(setting).items():
@@ -43,11 +50,11 @@ def measure_steps(rounds: int, torch: Torch) -> list[dict[str, Any]]:
                 what = {"width": width, "depth": depth, "batch": batch, "density": DENSITY, "optimizer": optimizer}
                 for method in ("dense", "meProp unified", "meProp simple"):
                     calls[f"torch {method}"] = torch.step(method, method=method, **what)
-            ms = medians(calls, rounds)
+            ms = medians(calls, context.rounds)
             torch.forget()
             backward = max(0.0, ms["gradients"] - ms["forward"])
             bound = ms["dense"] / (ms["forward"] + ms["optimizer"] + DENSITY * backward)
-            row: dict[str, Any] = {"network": setting.name, "optimizer": optimizer, "r": setting.rows_per_group}
+            row: Row = {"network": setting.name, "optimizer": optimizer, "r": setting.rows_per_group}
             row |= {f"{name}_ms": round(ms[name], 2) for name in ("dense", "MSBP")}
             row["dense/MSBP"] = round(ms["dense"] / ms["MSBP"], 2)
             row["bound"] = round(bound, 2)
@@ -57,14 +64,12 @@ def measure_steps(rounds: int, torch: Torch) -> list[dict[str, Any]]:
             row["dense/MSBP r=1"] = round(ms["dense"] / ms["MSBP r=1"], 2)
             for name in ("dense", "meProp unified", "meProp simple"):
                 row[f"torch {name}/MSBP"] = round(ms[f"torch {name}"] / ms["MSBP"], 2) if f"torch {name}" in ms else "-"
-            table.append(row)
-            print(row, flush=True)
-    return table
+            yield row
 
 
-def measure_transformer(rounds: int) -> list[dict[str, Any]]:
-    """Return the ratios of a step of a transformer at density 0.1, and the same with the attention left dense."""
-    setting, tx = large_transformer(), optax.adam(1e-3)
+def measure_transformer(context: Context) -> Iterator[Row]:
+    """Yield the ratios of a step of a transformer at density 0.1, and the same with the attention left dense."""
+    setting, tx = small() if context.small else large_transformer(), optax.adam(1e-3)
     top_k = msbp.top_k(density=0.1, rows_per_group=setting.rows_per_group)
     memorized = msbp.memorized(top_k, decay=DECAY)
     plans: dict[str, Any] = {"dense": None, "top-k": top_k, "MSBP": memorized, "MSBP, MLP only": {"Dense_*": memorized}}
@@ -73,14 +78,13 @@ def measure_transformer(rounds: int) -> list[dict[str, Any]]:
         gradients, params, memory = problem(setting, plan)
         calls[method] = training(step_of(tx, gradients), (params, memory, tx.init(params)), setting.x, setting.y)
     calls |= parts(setting, tx)
-    ms = medians(calls, rounds, warm_up=1)
-    row: dict[str, Any] = {"network": setting.name, "optimizer": "Adam", "r": setting.rows_per_group}
+    ms = medians(calls, context.rounds, warm_up=1)
+    row: Row = {"network": setting.name, "optimizer": "Adam", "r": setting.rows_per_group}
     row |= {f"{name}_ms": round(ms[name], 1) for name in ("forward", "gradients", "dense", "MSBP")}
     row |= {f"dense/{name}": round(ms["dense"] / ms[name], 2) for name in ("top-k", "MSBP", "MSBP, MLP only")}
     backward = max(0.0, ms["gradients"] - ms["forward"])
     row["bound"] = round(ms["dense"] / (ms["forward"] + ms["optimizer"] + 0.1 * backward), 2)
-    print(row, flush=True)
-    return [row]
+    yield row
 
 
 def parts(setting: Setting, tx: optax.GradientTransformation) -> dict[str, Timed]:
@@ -101,24 +105,3 @@ def parts(setting: Setting, tx: optax.GradientTransformation) -> dict[str, Timed
         "gradients": timed(jax.jit(lambda p, x, y: gradients(p, {}, x, y)), params, setting.x, setting.y),
         "optimizer": training(apply, (params, tx.init(params)), grads),
     }
-
-
-def measure_memory() -> list[dict[str, Any]]:
-    """Return what a compiled step holds at its peak beyond its arguments, by the program's own analysis."""
-    table = []
-    tx = optax.adam(1e-3)
-    for setting in settings():
-        row: dict[str, Any] = {"network": setting.name}
-        temporary = {}
-        for method, sparsifier in methods(setting).items():
-            gradients, params, memory = problem(setting, sparsifier)
-            state = (params, memory, tx.init(params))
-            compiled = jax.jit(step_of(tx, gradients), donate_argnums=0).lower(state, setting.x, setting.y).compile()
-            analysis = compiled.memory_analysis()
-            temporary[method] = analysis.temp_size_in_bytes
-            row[f"{method}_MiB"] = round((analysis.argument_size_in_bytes + analysis.temp_size_in_bytes) / 2**20, 1)
-        row["temporaries MSBP/dense"] = round(temporary["MSBP"] / temporary["dense"], 2)
-        row["temporaries MSBP r=1/dense"] = round(temporary["MSBP r=1"] / temporary["dense"], 2)
-        table.append(row)
-        print(row, flush=True)
-    return table

@@ -4,15 +4,15 @@ Time steps: an LSTM under `lax.scan` has one memory, the mean over steps ("one")
 step it has a memory for each ("each"). Tied layers: one block applied three times, as a scan ("one") or written out,
 so that each use has a memory of its own ("each").
 
-    python -m benchmarks.repeated_sites --data FOLDER --out benchmarks/results/repeated_sites.json
+python -m studies repeated_sites --data FOLDER --out benchmarks/results/repeated_sites.json
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,15 +22,15 @@ import optax
 from jax import lax
 
 import msbp_jax as msbp
-from examples import lstm_tagger
+from benchmarks.data import tagging
 
-HIDDEN, EMBED, USES = 128, 64, 3
+EMBED, USES = 64, 3
 DENSITY, DECAY = 0.04, 0.8
 
 
 def lstm(p: dict[str, jax.Array], x: jax.Array, steps: str) -> jax.Array:
     """Return the outputs `[time, batch, hidden]` of an LSTM over `[time, batch, features]`."""
-    start = jnp.zeros((2, x.shape[1], HIDDEN))
+    start = jnp.zeros((2, x.shape[1], len(p["bias"]) // 4))
 
     def cell(state: jax.Array, x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
         h, c = state
@@ -58,24 +58,24 @@ def tagger(p: dict[str, Any], words: jax.Array, suffixes: jax.Array, steps: str,
     return (h @ p["out"]).swapaxes(0, 1)
 
 
-def init(key: jax.Array, vocabulary: int, tags: int) -> dict[str, Any]:
+def init(key: jax.Array, vocabulary: int, tags: int, hidden: int) -> dict[str, Any]:
     """Return parameters."""
     keys = jax.random.split(key, 5)
     wide = lambda key, m, n: jax.random.normal(key, (m, n)) / m**0.5
-    recurrent = [{"w": wide(k, 2 * EMBED + HIDDEN, 4 * HIDDEN), "bias": jnp.zeros(4 * HIDDEN)} for k in keys[:2]]
+    recurrent = [{"w": wide(k, 2 * EMBED + hidden, 4 * hidden), "bias": jnp.zeros(4 * hidden)} for k in keys[:2]]
     return {
         "embed": 0.1 * jax.random.normal(keys[2], (vocabulary, EMBED)),
         "forward": recurrent[0],
         "backward": recurrent[1],
-        "block": 0.5 * wide(keys[3], 2 * HIDDEN, 2 * HIDDEN),
-        "out": wide(keys[4], 2 * HIDDEN, tags),
+        "block": 0.5 * wide(keys[3], 2 * hidden, 2 * hidden),
+        "out": wide(keys[4], 2 * hidden, tags),
     }
 
 
-def accuracy(f: msbp.SparseFunction, data: tuple[Any, Any, int, int], count: int, seed: int) -> float:
+def accuracy(f: msbp.SparseFunction, data: tagging.Tagging, hidden: int, count: int, seed: int) -> float:
     """Train for `count` steps and return the accuracy over the words of the test set, in percent."""
-    train, test, vocabulary, tags = data
-    params = init(jax.random.key(seed), vocabulary, tags)
+    train, test = data.train, data.test
+    params = init(jax.random.key(seed), data.vocabulary, data.tags, hidden)
     tx = optax.adam(optax.cosine_decay_schedule(3e-3, count))
     first = {name: rows[:64] for name, rows in train.items()}
 
@@ -96,38 +96,39 @@ def accuracy(f: msbp.SparseFunction, data: tuple[Any, Any, int, int], count: int
     return 100 * float(right[test["tags"] > 0].mean())
 
 
-def main() -> None:
-    """Train every variant with every seed, print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=pathlib.Path, help="folder with EWT; a small grammar without it")
-    parser.add_argument("--out", type=pathlib.Path)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args()
-    data = lstm_tagger.encode(*lstm_tagger.load(args.data))
+def variants() -> dict[str, tuple[Any, str, str]]:
+    """Return, by name, the plan, whether time steps share a memory, and whether the layers do."""
     top_k = msbp.top_k(density=DENSITY)
     memorized = msbp.memorized(top_k, decay=DECAY)
-    lstms, block = ("forward/*", "backward/*"), "block"
-    only_lstm = lambda s: dict.fromkeys(lstms, s)
-    variants = {
+    only_lstm = lambda s: dict.fromkeys(("forward/*", "backward/*"), s)
+    return {
         "time steps: dense": (msbp.dense(), "one", ""),
         "time steps: top-k": (only_lstm(top_k), "one", ""),
         "time steps: MSBP, one memory": (only_lstm(memorized), "one", ""),
         "time steps: MSBP, one for each step": (only_lstm(memorized), "each", ""),
         "tied: dense": (msbp.dense(), "one", "one"),
-        "tied: top-k": ({block: top_k}, "one", "one"),
-        "tied: MSBP, one memory": ({block: memorized}, "one", "one"),
-        "tied: MSBP, one for each use": ({block: memorized}, "one", "each"),
+        "tied: top-k": ({"block": top_k}, "one", "one"),
+        "tied: MSBP, one memory": ({"block": memorized}, "one", "one"),
+        "tied: MSBP, one for each use": ({"block": memorized}, "one", "each"),
     }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what this study can be told."""
+    parser.add_argument("--data", type=pathlib.Path, help="folder with EWT; made-up sentences without it")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--hidden", type=int, default=128, help="units of the LSTM in each direction")
+    parser.add_argument("--length", type=int, default=32, help="words of a sentence")
+
+
+def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Train every variant with every seed; yield the table so far after each."""
+    data = tagging.load(args.data, args.length)
     table = {}
-    for name, (plan, steps, tied) in variants.items():
+    for name, (plan, steps, tied) in variants().items():
         f = msbp.sparse_vjp(functools.partial(tagger, steps=steps, tied=tied), plan)
-        found = [accuracy(f, data, args.steps, seed) for seed in range(args.seeds)]
+        found = [accuracy(f, data, args.hidden, args.steps, seed) for seed in range(args.seeds)]
         table[name] = {"mean": round(float(np.mean(found)), 2), "seeds": [round(value, 2) for value in found]}
         print(name, table[name], flush=True)
-        if args.out:
-            args.out.write_text(json.dumps({"steps": args.steps, "variants": table}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        yield {"steps": args.steps, "variants": table}

@@ -1,11 +1,8 @@
-"""The transformer of the accelerator benchmark: 12 layers, 1,024 wide, 1,024 characters, bfloat16, AdamW."""
+"""A transformer that predicts characters, in bfloat16 with AdamW; 12 layers, 1,024 wide, or smaller."""
 
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-import sysconfig
-from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +12,7 @@ import numpy as np
 import optax
 
 import msbp_jax as msbp
+from benchmarks.data import text
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,28 +61,28 @@ class LanguageModel(nn.Module):
         return nn.Dense(self.vocabulary, name="readout")(nn.LayerNorm()(x.astype(jnp.float32)))
 
 
-def text() -> np.ndarray:
-    """Return two million characters of Python's standard library, as numbers."""
-    sources = sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    found = "\n".join(source.read_text(errors="ignore") for source in sources)[:2_000_000]
-    characters = {character: i for i, character in enumerate(sorted(set(found)))}
-    return np.array([characters[character] for character in found], np.int32)
+def methods(density: float, length: int) -> dict[str, msbp.Sparsifier]:
+    """Return what its layers propagate, by name.
 
-
-def windows(numbers: np.ndarray, size: Size, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield batches of windows and, for each character, the one behind it."""
-    draw = np.random.default_rng(seed)
-    while True:
-        starts = draw.integers(0, len(numbers) - size.length - 1, size.batch)
-        found = numbers[starts[:, None] + np.arange(size.length + 1)]
-        yield found[:, :-1], found[:, 1:]
+    Args:
+      density: Share of the features.
+      length: Rows of a sequence, of which up to 128 share a choice.
+    """
+    top_k = msbp.top_k(density=density, rows_per_group=min(length, 128))
+    whole = msbp.top_k(density=density, rows_per_group=None)
+    return {
+        "dense": msbp.dense(),
+        "top-k": top_k,
+        "MSBP": msbp.memorized(top_k, decay=0.8),
+        "MSBP, whole batch": msbp.memorized(whole, decay=0.8),
+    }
 
 
 class Trainer:
     """A model, its compiled step and its state."""
 
     def __init__(self, sparsifier: msbp.Sparsifier, numbers: np.ndarray, size: Size) -> None:
-        self.batches = windows(numbers[: len(numbers) * 9 // 10], size, 0)
+        self.batches = text.windows(numbers[: len(numbers) * 9 // 10], size.batch, size.length, 0)
         x, _ = next(self.batches)
         module = LanguageModel(int(numbers.max()) + 1, size)
         self.model = msbp.sparse_vjp(module, {"blocks/*": sparsifier})
@@ -113,7 +111,8 @@ class Trainer:
     def accuracy(self, numbers: np.ndarray, size: Size) -> float:
         """Return how often the next character of held-out text is predicted, in percent."""
         predict = jax.jit(lambda params, x: self.model.apply({"params": params}, x).argmax(-1))
-        held_out, right = windows(numbers[len(numbers) * 9 // 10 :], size, 1), []
+        held_out = text.windows(numbers[len(numbers) * 9 // 10 :], size.batch, size.length, 1)
+        right = []
         for _ in range(8):
             x, y = next(held_out)
             right.append(float((np.asarray(predict(self.state.params, x)) == y).mean()))

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.timing import Timed
+from benchmarks.helpers.timing import Timed
 
 # OpenMP's threads go on spinning for a while after a call; wait until they sleep.
 _SETTLE_SECONDS = 0.02

@@ -1,0 +1,39 @@
+"""What figures were measured with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pathlib
+import platform
+from typing import Any
+
+import jax
+
+import msbp_jax as msbp
+from msbp_jax.kernels import _native_calls
+
+
+def describe(torch: str) -> dict[str, Any]:
+    """Return the processor and the versions.
+
+    Args:
+      torch: PyTorch's version, or why it is not there.
+    """
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": f"{len(models)} x {models[0]}" if models else platform.machine(),
+        "instruction sets": list(_native_calls.instruction_sets()),
+        "devices": str(jax.devices()),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "msbp_jax": msbp.__version__,
+        "torch": torch,
+    }
+
+
+def describe_accelerator() -> dict[str, Any]:
+    """Return the kind of device and the versions of what compiles for it."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+    return {"device": jax.devices()[0].device_kind, "versions": versions}

@@ -1,0 +1,60 @@
+"""All parts of the suite, in the order in which they run and are written down."""
+
+from __future__ import annotations
+
+from benchmarks.suite import choice, compile_time, convolutions, layers, layout, selection, step_memory, steps
+from benchmarks.suite.context import Part
+
+PARTS = {
+    "layers": Part(
+        "backward of one layer over shapes, densities and groups: each backend, dense XLA, PyTorch",
+        7,
+        layers.measure,
+    ),
+    "targets": Part(
+        "backward of one layer, only dense and what is chosen, at the settings the project set itself",
+        21,
+        layers.measure_targets,
+    ),
+    "select": Part(
+        "the selection alone, over the time of reading the gradient once, on three kinds of gradients",
+        11,
+        selection.measure,
+        records=True,
+    ),
+    "gradients": Part(
+        "backward of one layer at density 0.04 on three kinds of gradients",
+        5,
+        layers.measure_gradients,
+        records=True,
+    ),
+    "layout": Part(
+        "the products with weights [in, out], as Flax has them, over the same with [out, in]",
+        7,
+        layout.measure,
+    ),
+    "steps": Part(
+        "whole training steps: networks, optimizers, the bound of Amdahl's law, PyTorch",
+        7,
+        steps.measure,
+    ),
+    "memory": Part("what a compiled step holds at its peak", 1, step_memory.measure),
+    "choice": Part(
+        "every path of the products on a grid, and what the automatic choice takes of it",
+        7,
+        choice.measure,
+    ),
+    "compile": Part("tracing and compiling a 12-layer step", 5, compile_time.measure),
+    "conv": Part("backward of convolutions of a ResNet-18", 7, convolutions.measure),
+    "transformer": Part(
+        "a training step of a larger transformer at density 0.1",
+        5,
+        steps.measure_transformer,
+    ),
+}
+
+
+def place(name: str) -> tuple[int, str]:
+    """Return where a part stands among all, by which to sort; a suffix comes behind the part it belongs to."""
+    before = [i for i, part in enumerate(PARTS) if name.startswith(part)]
+    return (before[0] if before else len(PARTS)), name

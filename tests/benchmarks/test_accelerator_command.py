@@ -1,0 +1,38 @@
+"""All that a GPU or TPU is to measure, in minute sizes."""
+
+import json
+
+import pytest
+
+from benchmarks.accelerator import __main__ as accelerator
+
+
+def test_accelerator(tmp_path, capsys):
+    """Here the kernels are interpreted: their errors are looked at, and they are not timed."""
+    arguments = ["--small", "--out", str(tmp_path)]
+    accelerator.main(arguments)
+    result = json.loads((tmp_path / "accelerator.json").read_text())
+    assert list(result) == ["rates", "errors", "layers", "transformer"]
+    rows = {name: part["rows"] for name, part in result.items()}
+    assert {row["backend"] for row in rows["errors"]} == {"xla", "gpu", "tpu"}
+    for row in rows["errors"]:
+        assert float(row["dx"]) < 1e-5
+        assert float(row["dw"]) < 1e-5
+    assert [row["r"] for row in rows["layers"]] == [16, "all"]
+    for row in rows["layers"]:
+        assert row["dense/chosen"] > 0
+        assert row["chosen/floor"] > 0
+        assert "dense/xla" in row
+        assert not {"dense/gpu", "dense/tpu"} & set(row)
+    assert [row["backward"] for row in rows["transformer"]] == ["dense", "MSBP"]
+    assert "## layers" in (tmp_path / "accelerator.md").read_text()
+    capsys.readouterr()
+    accelerator.main(arguments)
+    assert capsys.readouterr().out.count("--again measures it again") == 4
+    assert json.loads((tmp_path / "accelerator.json").read_text()) == result
+
+
+def test_a_cpu_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        accelerator.main([])
+    assert "no GPU or TPU" in capsys.readouterr().err
