@@ -4,7 +4,8 @@ import gc
 import os
 
 # Tests ask for numbers, not for speed, and most of their time is compiling: LLVM need not optimize what XLA gives it.
-# XLA's own passes, which fuse and lay out, are the usual ones. To be set before JAX is loaded.
+# XLA's own passes, which fuse and lay out, are the usual ones. To be set before JAX is loaded. tests/test_optimized.py
+# runs a choice of tests without.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import hypothesis
@@ -14,6 +15,10 @@ import pytest
 
 def pytest_addoption(parser):
     parser.addoption("--accelerator", action="store_true", help="use the GPU or TPU of this machine, not the CPU")
+
+
+def pytest_report_header():
+    return f"XLA_FLAGS: {os.environ['XLA_FLAGS']!r}"
 
 
 def pytest_configure(config):

@@ -51,11 +51,17 @@ def imports(path):
 FILES = {str(path.relative_to(ROOT)): set(imports(path)) for path in sorted(ROOT.rglob("*.py"))}
 
 
-@pytest.mark.parametrize("file", FILES)
+STAGE_OF = {file: file.split("/")[0].removesuffix(".py") for file in FILES}
+
+
+def test_every_file_is_of_a_stage():
+    """But the package's own, and the demo, which is a user of it."""
+    assert set(STAGE_OF.values()) == {*STAGES, "__init__", "demo"}
+
+
+@pytest.mark.parametrize("file", [file for file, own in STAGE_OF.items() if own in STAGES])
 def test_stages_import_only_what_stands_above_them(file):
-    own = file.split("/")[0].removesuffix(".py")
-    if own in ("__init__", "demo"):
-        return
+    own = STAGE_OF[file]
     used = {name.split(".")[1] for name in FILES[file] if name.startswith("msbp_jax.")}
     assert used <= set(STAGES[: STAGES.index(own) + 1])
     if own == "rules":
@@ -105,15 +111,17 @@ def test_the_contract_s_names_are_there():
 
 MODULES = [
     "msbp_jax",
-    *(m.name for m in pkgutil.walk_packages([str(ROOT)], "msbp_jax.") if not m.name.endswith("__main__")),
+    *(m.name for m in pkgutil.walk_packages([str(ROOT)], "msbp_jax.") if not m.name.endswith(("__main__", "._native"))),
 ]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings(name):
+    module = importlib.import_module(name)
     with jax.numpy_dtype_promotion("standard"):
-        failures, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+        failures, attempted = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert failures == 0
+    assert attempted == len(re.findall(r"^\s*>>> ", inspect.getsource(module), re.MULTILINE))  # none is passed over
 
 
 def test_readme_code():

@@ -1,6 +1,7 @@
 """The native kernels: instruction sets, transformations, determinism, bad input, and the package without them."""
 
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -239,33 +240,127 @@ def test_arrays_of_other_strides_are_the_same_arrays():
     jax.tree.map(np.testing.assert_array_equal, strided, plain)
 
 
-@native
-@hypothesis.given(data=st.data())
-@hypothesis.settings(max_examples=60)
-def test_any_arguments_to_the_handlers_raise_or_run(data):
-    """Whatever shapes, dtypes and numbers arrive, XLA reports an error that names the argument, or the call runs."""
-    size = st.integers(0, 6)
-    shape = lambda: tuple(data.draw(st.lists(size, min_size=0, max_size=4)))
-    dtype = lambda: data.draw(st.sampled_from([jnp.float32, jnp.bfloat16, jnp.int32, jnp.float16]))
-    number = st.integers(-2, 7)
-    which = data.draw(st.sampled_from(["select", "select_with_memory", "grad_input", "grad_weight"]))
-    operands = {"select": 1, "select_with_memory": 2}.get(which, 3)
-    results = {"select": 2, "select_with_memory": 4}.get(which, 1)
-    numbers = {"instruction_set": data.draw(st.integers(-1, 3))}
+type Array = tuple[tuple[int, ...], str]  # shape and dtype
+RANKS = {
+    "select": ([2], [3, 2]),
+    "select_with_memory": ([2, 1], [3, 2, 1, 1]),
+    "grad_input": ([3, 2, 2], [2]),
+    "grad_weight": ([3, 2, 2], [2]),
+}
+
+
+def fits(which: str, operands: list[Array], results: list[Array], numbers: dict[str, int]) -> bool:
+    """Whether a call is one that the kernels are written for, said a second time."""
+    ranks = [rank + numbers.get("by_slot", 0) * (rank == 1) for rank in itertools.chain(*RANKS[which])]
+    arrays = [*operands, *results]
+    if any(len(shape) < rank for (shape, _), rank in zip(arrays, ranks, strict=True)):
+        return False
+    shapes = [shape[len(shape) - rank :] for (shape, _), rank in zip(arrays, ranks, strict=True)]
+    batches = [shape[: len(shape) - rank] for (shape, _), rank in zip(arrays, ranks, strict=True)]
+    dtypes = [dtype for _, dtype in arrays]
+    real = ("float32", "bfloat16")
     if which.startswith("select"):
-        numbers |= {"k": data.draw(number), "rows_per_group": data.draw(number)}
+        whole = batches[len(operands)]
+        (rows, n), k, r = shapes[0], numbers["k"], numbers["rows_per_group"]
+        alike = (rows, n) if numbers.get("by_slot") else (n,)
+        groups = -(-rows // r) if r > 0 else 0
+        live = (rows, 1) if numbers.get("by_slot") else (1,)
+        wanted = [(rows, n), *[alike] * (len(operands) - 1), (groups, r, k), (groups, k), alike, live][: len(arrays)]
+        kinds = ["float32"] * len(arrays)
+        kinds[0] = kinds[len(operands)] = dtypes[0]
+        kinds[len(operands) + 1] = "int32"
+        right = shapes == wanted and dtypes == kinds and dtypes[0] in real
     else:
-        numbers["features_last"] = data.draw(st.booleans())
-    if which == "select_with_memory":
-        numbers["by_slot"] = data.draw(st.booleans())
-    arrays = [jnp.ones(shape(), dtype()) for _ in range(operands)]
-    message = ""
-    try:
-        out = _native_calls.call(which, arrays, [(shape(), dtype()) for _ in range(results)], **numbers)
-        jax.block_until_ready(out)
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        message = str(error)
-    assert not message or "must" in message
+        (groups, r, k), _, other, out = shapes
+        whole, matrix = batches[-1], out if which == "grad_weight" else other
+        m, n = matrix if numbers["features_last"] else matrix[::-1]
+        rows, rest = (other[0], other) if which == "grad_weight" else (out[0], out)
+        right = shapes[1] == (groups, k) and rest == (rows, m) and m > 0 and (r < 1 or groups == -(-rows // r))
+        right &= {dtypes[0], dtypes[2]} <= set(real) and (dtypes[1], dtypes[3]) == ("int32", "float32")
+    sizes = rows >= 1 and 1 <= k <= n and 1 <= r <= rows
+    along = all(len(own) == len(whole) and all(map(_same_or_1, own, whole)) for own in batches)
+    return right and sizes and along and 0 <= numbers["instruction_set"] < len(_native_calls.instruction_sets())
+
+
+def _same_or_1(size: int, whole: int) -> bool:
+    return size in (1, whole)
+
+
+def good_call(draw) -> tuple[str, list[Array], list[Array], dict[str, int]]:
+    """Draw a call that fits."""
+    rows, n, m = (draw(st.integers(1, 6)) for _ in range(3))
+    k, r = draw(st.integers(1, n)), draw(st.integers(1, rows))
+    dtype, other = (draw(st.sampled_from(["float32", "bfloat16"])) for _ in range(2))
+    last, by_slot = draw(st.booleans()), draw(st.booleans())
+    groups, batch = -(-rows // r), draw(st.sampled_from([(), (2,), (1, 3)]))
+    which = draw(st.sampled_from(list(RANKS)))
+    values, index, weight = (groups, r, k), (groups, k), (m, n) if last else (n, m)
+    alike, live = ((rows, n), (rows, 1)) if by_slot else ((n,), (1,))
+    kept = [(values, dtype), (index, "int32")]
+    numbers = {"instruction_set": draw(st.integers(0, len(_native_calls.instruction_sets()) - 1))}
+    match which:
+        case "select":
+            operands, results = [((rows, n), dtype)], kept
+        case "select_with_memory":
+            operands = [((rows, n), dtype), (alike, "float32")]
+            results = [*kept, (alike, "float32"), (live, "float32")]
+            numbers["by_slot"] = by_slot
+        case "grad_input":
+            operands, results = [*kept, (weight, other)], [((rows, m), "float32")]
+        case _:
+            operands, results = [*kept, ((rows, m), other)], [(weight, "float32")]
+    numbers |= {"k": k, "rows_per_group": r} if which.startswith("select") else {"features_last": last}
+    add = lambda arrays: [((*batch, *shape), dtype) for shape, dtype in arrays]
+    return which, add(operands), add(results), numbers
+
+
+def spoil(draw, arrays: list[Array]) -> list[Array]:
+    """Change one array: an axis of another size, one more, one less, or another dtype."""
+    place = draw(st.integers(0, len(arrays) - 1))
+    (shape, dtype), sizes = arrays[place], st.integers(0, 7)
+    match draw(st.sampled_from(["size", "more", "less", "dtype"])):
+        case "dtype":
+            dtype = draw(st.sampled_from(["float32", "bfloat16", "int32", "float16"]))
+        case "more":
+            shape = (draw(sizes), *shape)
+        case "less":
+            shape = shape[1:]
+        case _:
+            axis = draw(st.integers(0, len(shape) - 1))
+            shape = (*shape[:axis], draw(sizes), *shape[axis + 1 :])
+    return [*arrays[:place], (shape, dtype), *arrays[place + 1 :]]
+
+
+@native
+@pytest.mark.parametrize("spoiled", ["nothing", "an operand", "a result", "a number", "all"])
+def test_the_handlers_run_what_fits_and_refuse_all_else(spoiled):
+    """Whatever shapes, dtypes and numbers arrive: never a crash, and an error that says what must be."""
+    fitted = []
+
+    @hypothesis.settings(max_examples=40)
+    @hypothesis.given(data=st.data())
+    def check(data):
+        draw = data.draw
+        which, operands, results, numbers = good_call(draw)
+        if spoiled in ("an operand", "all"):
+            operands = spoil(draw, operands)
+        if spoiled in ("a result", "all"):
+            results = spoil(draw, results)
+        if spoiled in ("a number", "all"):
+            name = draw(st.sampled_from(sorted(numbers)))
+            numbers[name] = draw(st.integers(-2, 7)) if type(numbers[name]) is int else not numbers[name]
+        fitted.append(fits(which, operands, results, numbers))
+        call = lambda: jax.block_until_ready(
+            _native_calls.call(which, [jnp.zeros(*operand) for operand in operands], results, **numbers)
+        )
+        if fitted[-1]:
+            assert [(a.shape, str(a.dtype)) for a in call()] == results
+        else:
+            with pytest.raises(jax.errors.JaxRuntimeError, match=r"msbp_jax: .* must (be|have) "):
+                call()
+
+    check()
+    assert all(fitted) if spoiled == "nothing" else not all(fitted)
 
 
 @native

@@ -1,11 +1,15 @@
-"""The C++ itself, without Python: fuzzed under sanitizers, and compiled without anything that only x86 has."""
+"""The C++ itself: fuzzed under sanitizers, compiled without anything that only x86 has, and what Python says of it."""
 
+import itertools
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 
 import pytest
+
+from msbp_jax.kernels import _choose
 
 NATIVE = pathlib.Path(__file__).parents[2] / "native"
 SOURCES = [str(NATIVE / name) for name in ("fuzz.cpp", "scratch.cpp", "kernels.cpp")]
@@ -44,11 +48,29 @@ def test_compiles_for_another_processor(tmp_path):
 
 def test_intrinsics_are_fenced():
     """What only x86 has stands between #ifdef __AVX2__ and #endif."""
+    seen = 0
     for file in [*NATIVE.glob("*.h"), *NATIVE.glob("*.cpp")]:
         depth = 0
         for line in file.read_text().splitlines():
+            seen += "_mm" in line
             if line.startswith(("#ifdef __AVX2__", "#ifdef MSBP_X86")):
                 depth += 1
             elif line.startswith("#endif"):
                 depth = max(0, depth - 1)
             assert depth or "_mm" not in line, f"{file.name}: {line}"
+    assert seen
+
+
+def test_both_sides_know_where_lists_end_and_groups_begin():
+    """The kernels choose between their two paths in C++; the cost model in Python says which of them it has timed."""
+    source = (NATIVE / "kernels.cpp").read_text()
+    (condition,) = re.findall(r"bool by_lists\(const msbp::Product& p\) \{ return (.*?); \}", source)
+    # Nothing but comparisons of r and k, so that it means in Python what it means in C++.
+    assert re.fullmatch(r"(p\.[rk]|\d+|<=?|>=?|&&|\|\||[() ])+", condition)
+    compiled = compile(condition.replace("p.", "").replace("&&", "and").replace("||", "or"), "kernels.cpp", "eval")
+    grid = list(itertools.product(range(1, 40), range(1, 130)))
+    in_cpp = {(r, k): eval(compiled, {"r": r, "k": k}) for r, k in grid}
+    assert in_cpp == {(r, k): _choose.kind_of("native", k, r) == "native, lists" for r, k in grid}
+    assert 0 < sum(in_cpp.values()) < len(grid)
+    for product in ("grad_input", "grad_weight"):  # and both products ask it
+        assert f"by_lists(p) ? {product}_by_lists<Value, Other>(p, pool) : {product}_by_groups<" in source

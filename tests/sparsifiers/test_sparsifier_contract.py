@@ -115,6 +115,7 @@ def test_local_treats_each_block_of_rows_for_itself(inner):
         np.testing.assert_array_equal(p.materialize(), jnp.concatenate([part.materialize() for part, _ in each]))
         np.testing.assert_allclose(state.residual, jnp.stack([new.residual for _, new in each]), rtol=1e-5, atol=1e-6)
     keys = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype != jnp.float32]
+    assert len(keys) == ("random_k" in inner.name)
     assert all(len(np.unique(jax.random.key_data(key), axis=0)) == 3 for key in keys)  # blocks draw differently
 
 

@@ -56,6 +56,7 @@ def test_a_sparse_layer_beside_them():
     _, grads, after = msbp.value_and_grad(loss)(variables, memory, X)
     want = jax.grad(lambda p: (Net().apply(p, X) ** 2).mean())(variables)
     names = [name for name in want[OWG]["Dense_0"]["Fp8DirectDotGeneralOp_0"] if not name.startswith("output_grad")]
+    assert {"input_scale", "kernel_scale"} <= set(names)
     for name in names:  # what the forward pass alone decides
         assert_trees_equal(*(g[OWG]["Dense_0"]["Fp8DirectDotGeneralOp_0"][name] for g in (grads, want)))
     assert after["Dense_1/kernel"].residual.any()

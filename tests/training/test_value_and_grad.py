@@ -69,12 +69,7 @@ def test_a_branch_that_is_not_taken_keeps_its_memory(taken, sparsifier):
     memory = dict.fromkeys(names, filled["params"])
     loss = lambda w, m, x, p: (f(w, x, p, memory=m) ** 2).mean()
     _, _, after = jax.jit(msbp.value_and_grad(loss))(W, memory, X, taken)
-    ran, idle = ("params#2", "params") if taken else ("params", "params#2")
-    ran, idle = (
-        (idle, ran)
-        if _residual(after["params"]).tolist() != _residual(memory["params"]).tolist() and (ran != "params")
-        else (ran, idle)
-    )
+    ran, idle = ("params#2", "params") if taken else ("params", "params#2")  # JAX has the branch for False first
     assert_trees_equal(jax.tree.map(_data, after[idle]), jax.tree.map(_data, memory[idle]))
     assert not np.array_equal(_residual(after[ran]), _residual(memory[ran]))
 

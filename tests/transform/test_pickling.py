@@ -90,9 +90,12 @@ def test_nnx_modules(sparsifier, journey):
 @journeys
 def test_memories(journey):
     for sparsifier in SPARSIFIERS.values():
-        memory = msbp.sparse_vjp(product, sparsifier).init_memory(W, X)
+        f = msbp.sparse_vjp(product, sparsifier)
+        step = msbp.value_and_grad(lambda w, m, f=f: (f(w, X, memory=m) ** 2).mean())
+        memory = step(W, f.init_memory(W, X))[2]
         arrived = journey(as_numbers(memory))
         assert jax.tree.structure(arrived) == jax.tree.structure(memory)
+        assert_trees_equal(arrived, as_numbers(memory))
 
 
 def test_lambdas_of_a_users_own_by_cloudpickle_into_another_process(tmp_path):
