@@ -7,6 +7,7 @@ differentiate: so whatever a loss writes to its arguments arrives as it does the
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -74,14 +75,16 @@ def value_and_grad(
         except BaseException:
             _closed(passages, None)
             raise
-        returned, own = nnx.filter_state(grads, Carrier, ...)
+        returned, own = _apart(grads)
         own, by_module = all_at_once((own, dict(_by_module(model, returned))))
         _closed(passages, by_module)
         return result, own
 
-    def wrapped(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if count is None:
-            return whole(model, *args, **kwargs)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        model, *rest = args or (kwargs.pop(_first_parameter(loss_fn, kwargs)),)
+        return whole(model, *rest, **kwargs) if count is None else in_parts(model, *rest, **kwargs)
+
+    def in_parts(model: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = Arguments(args, kwargs)
         objects = (model, arguments.nodes)
         graphdef, state = nnx.split(objects)
@@ -94,7 +97,7 @@ def value_and_grad(
             value, aux = result if has_aux else (result, None)
             return Step(value, aux, grads, None, nnx.state((own, nodes)))
 
-        params = nnx.state(model, wrt)
+        params = jax.tree.map(lambda one: nnx.state(one, wrt), model, is_leaf=_is_module)
         done = in_microbatches(step, count, params, None, state, tuple(arguments.others), {})
         nnx.update(objects, done.carried)
         return ((done.value, done.aux) if has_aux else done.value), done.grads
@@ -162,7 +165,7 @@ def metrics(model: Any) -> dict[str, jax.Array]:
       >>> {name: float(value) for name, value in msbp.nnx.metrics(model).items()}
       {'kernel/memory_norm': 0.0}
     """
-    if not isinstance(model, nnx.Pytree):
+    if not any(map(_is_module, jax.tree.leaves(model, is_leaf=_is_module))):
         raise TypeError(
             f"msbp.nnx.metrics takes an NNX model that holds its memory, got {type(model).__name__}. For a memory or a "
             "state of nnx.state or nnx.split, there is msbp.metrics(memory)."
@@ -177,9 +180,9 @@ def metrics(model: Any) -> dict[str, jax.Array]:
 
 def _opened(model: Any, wrt: Any) -> list[tuple[SparseNNXModule, dict[str, Passage]]]:
     """Give every wrapped model its carriers."""
-    if not isinstance(model, nnx.Pytree):
+    if not any(map(_is_module, jax.tree.leaves(model, is_leaf=_is_module))):
         raise TypeError(
-            f"The first argument of loss_fn must be an NNX model, or hold it, got {type(model).__name__}. For "
+            f"The first argument of loss_fn must be an NNX model, or hold one, got {type(model).__name__}. For "
             "Linen modules and functions there is msbp.value_and_grad(loss_fn)(params, memory, ...)."
         )
     if not jax.tree.leaves(nnx.state(model, _without_memory(wrt))):
@@ -225,6 +228,27 @@ def _by_module(model: Any, returned: Any) -> Any:
             for part in (*path, "carriers"):
                 found = found[part]
             yield id(node), {name: Passage.of_sites(found[name].get_value()) for name in node.carriers}
+
+
+def _apart(grads: Any) -> tuple[Any, Any]:
+    """Return what sites gave the carriers, and the gradients: of a model, or of a container of several."""
+    is_state = lambda node: isinstance(node, nnx.State)
+    pairs = [nnx.filter_state(state, Carrier, ...) for state in jax.tree.leaves(grads, is_leaf=is_state)]
+    structure = jax.tree.structure(grads, is_leaf=is_state)
+    returned, own = (jax.tree.unflatten(structure, states) for states in zip(*pairs, strict=True))
+    return returned, own
+
+
+def _is_module(node: Any) -> bool:
+    return isinstance(node, nnx.Pytree)
+
+
+def _first_parameter(loss_fn: Callable[..., Any], kwargs: dict[str, Any]) -> str:
+    """Return the name of a loss's first argument, which is passed by it."""
+    name = next(iter(inspect.signature(loss_fn).parameters), None)
+    if name is None or name not in kwargs:
+        raise TypeError(f"The first argument of loss_fn, the model, is missing; got {', '.join(kwargs) or 'nothing'}.")
+    return name
 
 
 def _without_memory(wrt: Any) -> Any:

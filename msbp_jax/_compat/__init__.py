@@ -60,6 +60,7 @@ from msbp_jax._compat._meshes import with_automatic_sharding as with_automatic_s
 from msbp_jax._compat._meshes import zeros_placed_like as zeros_placed_like
 from msbp_jax._compat._programs import closed as closed
 from msbp_jax._compat._programs import constrained as constrained
+from msbp_jax._compat._programs import context_of as context_of
 from msbp_jax._compat._programs import is_key as is_key
 from msbp_jax._compat._programs import jit_like as jit_like
 from msbp_jax._compat._programs import left_alone as left_alone

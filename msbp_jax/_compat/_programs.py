@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -43,6 +43,17 @@ def single_equation(eqn: JaxprEqn, enclosing: Jaxpr) -> tuple[Jaxpr, list[Var]]:
     invars = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, Literal)))
     debug_info = enclosing.debug_info.with_unknown_names()
     return Jaxpr([], invars, list(eqn.outvars), [eqn], eqn.effects, debug_info=debug_info), invars
+
+
+@contextlib.contextmanager
+def context_of(eqn: JaxprEqn) -> Iterator[None]:
+    """Restore what stood around an equation when it was traced: names of scopes, metadata, meshes, kinds of compute."""
+    with contextlib.ExitStack() as stack:
+        for scope in getattr(eqn.source_info.name_stack, "stack", ()):
+            if type(scope).__name__ == "Scope":  # not the names of transformations
+                stack.enter_context(jax.named_scope(scope.name))
+        stack.enter_context(eqn.ctx.manager)
+        yield
 
 
 def closed(jaxpr: Any) -> ClosedJaxpr:

@@ -225,8 +225,8 @@ def unwrap(name: str, state: State) -> tuple[State, list[Carriers] | None, Obser
     if len(marks) < len(leaves):
         raise ValueError(
             f"The memory of site {name} was put together inside the loss from leaves of msbp.value_and_grad's "
-            "memory and others, whose new values would not find their way back. Pass the state on as it came, or "
-            "change all its leaves with jax.tree.map."
+            "memory and others, whose new values would not find their way back. Pass the state on as it came; change "
+            "a memory outside of the loss."
         )
     for mark in marks:
         mark.aside.witness.used = True

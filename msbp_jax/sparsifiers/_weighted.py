@@ -52,7 +52,7 @@ def settled(state: State, total: State, weight: State) -> State:
 
 def quotient(old: jax.Array, total: jax.Array, weight: jax.Array) -> jax.Array:
     """Return `total / weight` in the dtype of `old`, and `old` where the weight is 0."""
-    some = weight > 0
+    some = weight != 0
     mean = total / jnp.where(some, weight, jnp.ones((), weight.dtype)).astype(total.dtype)
     return jnp.where(some, mean.astype(old.dtype), old)
 

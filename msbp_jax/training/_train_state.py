@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from msbp_jax import _compat
+from msbp_jax._checks import is_array, path_name
 from msbp_jax.training._value_and_grad import value_and_grad
 
 
@@ -30,6 +32,27 @@ class TrainState(flax.training.train_state.TrainState):
     """
 
     memory: Any = flax.struct.field(default=None, kw_only=True)  # a subclass may add fields without default
+
+    @classmethod
+    def create(cls, *, apply_fn: Any, params: Any, tx: optax.GradientTransformation, **kwargs: Any) -> Self:
+        """Return the state at the start, as Flax's does.
+
+        Args:
+          apply_fn: For the user's own steps; None will do.
+          params: Parameters.
+          tx: The optimizer.
+          **kwargs: Further fields, `memory` for example.
+
+        Raises:
+          TypeError: A PRNG key stands among the parameters, which no optimizer takes.
+        """
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+            if is_array(leaf) and _compat.is_key(leaf):
+                raise TypeError(
+                    f"Parameter {path_name(path)} is a PRNG key, which no optimizer takes. Keep it in a field of its "
+                    "own, in a subclass of msbp.TrainState, and pass it to the loss."
+                )
+        return super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
 
     def apply_gradients(self, *, grads: Any, **kwargs: Any) -> Self:
         """Return the state after a step of the optimizer, as Flax's does; arrays without fractions stay as they are.

@@ -64,7 +64,8 @@ def evaluate(jaxpr: _compat.ClosedJaxpr, arguments: Sequence[Any], placed: Place
             results = _compat.eval_jaxpr(single, [], *(env[v] for v in wanted))
         else:
             inputs = [read(atom) for atom in eqn.invars]
-            results = list(_equation(eqn, inputs, _under(placed, number), _under(sites, number)))
+            with _compat.context_of(eqn):
+                results = list(_equation(eqn, inputs, _under(placed, number), _under(sites, number)))
         env.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in inner.outvars]
 
@@ -130,7 +131,7 @@ def _inlined(function: Callable[[list[Any], Sites], Any]) -> Callable[[list[Any]
 
 def _jit(params: dict[str, Any], placed: Placeds) -> Callable[[list[Any], Sites], list[Any]]:
     if "call_jaxpr" in params:
-        return _inlined(_body(params["call_jaxpr"], placed, "closed_call"))
+        return _body(params["call_jaxpr"], placed, "closed_call")
     compiled = _compat.jit_like(params, _body(params["jaxpr"], placed, params["name"]))
 
     def call(inputs: list[Any], sites: Sites) -> list[Any]:
@@ -143,7 +144,7 @@ def _jit(params: dict[str, Any], placed: Placeds) -> Callable[[list[Any], Sites]
 
 def _remat(params: dict[str, Any], placed: Placeds) -> Callable[[list[Any], Sites], list[Any]]:
     body = _body(params["jaxpr"], placed, "checkpoint")
-    return _inlined(jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"]))
+    return jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
 
 
 def _cond(params: dict[str, Any], placed: Placeds) -> Callable[[list[Any], Sites], list[Any]]:

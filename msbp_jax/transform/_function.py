@@ -29,6 +29,7 @@ class SparseFunction:
         backend: str | None,
         memory_name: str = "memory",
         label: str = "",
+        states: int = 0,
     ) -> None:
         functools.update_wrapper(self, function, updated=())
         self.function = function
@@ -36,6 +37,7 @@ class SparseFunction:
         self._label = label or f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
         self._plan = plan
         self._backend = backend
+        self._states = states  # how many arguments hold a module's variables, and not what its user passes
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
         """Return `f(params, *args, **kwargs)`; with `memory=`, its derivative is the sparse one.
@@ -101,7 +103,7 @@ class SparseFunction:
         return f"sparse_vjp({self._name()}, {{{entries}}})"
 
     def _program(self, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any], memory: Any = None) -> Program:
-        how = {"label": self._label, "memory": memory}
+        how = {"label": self._label, "memory": memory, "states": self._states}
         return trace(self.function, self._plan, self._backend, params, args, kwargs, **how)
 
     def _is_sparse(self, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -74,7 +74,7 @@ class SparseNNXModule(nnx.Module):
             self._check_not_differentiated((nnx.state(self.module), args, kwargs))
             return self.module(*args, **kwargs)
         call = _Call(self.module, args, kwargs)
-        memory = {name: self._marked(name, variable) for name, variable in self.memory.items()}
+        memory = {name: self._marked(name, variable, (args, kwargs)) for name, variable in self.memory.items()}
         with nnx.update_context(_TAG):
             params, rest, arrays = call.split()
             result = self._function(call)(params, rest, *arrays, memory=memory)
@@ -138,12 +138,12 @@ class SparseNNXModule(nnx.Module):
                 ) from error
             raise
 
-    def _marked(self, name: str, variable: Memory) -> State:
+    def _marked(self, name: str, variable: Memory, arguments: Any) -> State:
         if self.carriers is not None:
             return Marked.tree(variable.get_value(), self.carriers[name].get_value())
-        params = jax.tree.leaves(nnx.state(self.module, nnx.Param))
+        leaves = jax.tree.leaves((nnx.state(self.module, nnx.Param), arguments))
         remembers = bool(jax.tree.leaves(variable.get_value())) and not is_marked(variable.get_value())
-        if remembers and any(_compat.under_differentiation(leaf) for leaf in params):
+        if remembers and any(_compat.under_differentiation(leaf) for leaf in leaves):
             warnings.warn(
                 f"{type(self.module).__name__} is differentiated by something else than msbp.nnx.value_and_grad: its "
                 "gradients are sparse, and its memory stays as it is. Train with msbp.nnx.value_and_grad(loss_fn)"
@@ -153,7 +153,7 @@ class SparseNNXModule(nnx.Module):
         return variable.get_value()
 
     def _function(self, call: _Call) -> SparseFunction:
-        return SparseFunction(call, self._plan, self._backend, label=type(self.module).__qualname__)
+        return SparseFunction(call, self._plan, self._backend, label=type(self.module).__qualname__, states=1)
 
     def _check_not_differentiated(self, tree: Any) -> None:
         if any(_compat.under_differentiation(leaf) for leaf in jax.tree.leaves(tree)):

@@ -118,6 +118,7 @@ def trace(
     *,
     label: str = "",
     memory: Any = None,
+    states: int = 0,
 ) -> Program:
     """Trace `function(params, *args, **kwargs)` and name its sites.
 
@@ -134,6 +135,7 @@ def trace(
       kwargs: Its keyword arguments.
       label: What was wrapped, in words that tell models apart.
       memory: The memory that the program is to run with, if it is.
+      states: How many of `args`, from the first on, hold a module's variables.
 
     Raises:
       TypeError: A parameter is not an array, or not of a floating dtype.
@@ -143,7 +145,8 @@ def trace(
     check_no_states(params)
     check_parameters(keyed)
     leaves = [leaf for _, leaf in keyed]
-    rest, rest_structure = jax.tree.flatten((args, kwargs))
+    passed = jax.tree.map(_as_number, (args[states:], kwargs))
+    rest, rest_structure = jax.tree.flatten(((*args[:states], *passed[0]), passed[1]))
     is_traced = [is_array(leaf) and not _is_concrete_scalar(leaf) for leaf in rest]
     traced = [leaf for leaf, yes in zip(rest, is_traced, strict=True) if yes]
     result_structure: list[Any] = []
@@ -201,6 +204,13 @@ def _is_concrete_scalar(leaf: Any) -> bool:
         return leaf.shape == () and leaf.dtype.kind in "bui"
     concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, _compat.Tracer)
     return concrete and leaf.shape == () and not _compat.is_key(leaf)
+
+
+def _as_number(leaf: Any) -> Any:
+    """Return a concrete JAX scalar without a fraction as NumPy's, so that what is computed from it can be asked for."""
+    if isinstance(leaf, jax.Array) and _is_concrete_scalar(leaf) and leaf.dtype.kind in "bui":
+        return np.asarray(leaf)[()]
+    return leaf
 
 
 def _what_moves(memory: Any) -> Callable[[Any], bool]:

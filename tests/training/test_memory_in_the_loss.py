@@ -108,7 +108,7 @@ def test_a_memory_may_be_changed_as_a_whole():
     plain = lambda scale: msbp.value_and_grad(lambda w, m: (f(w, X, memory=m) ** 2).mean())(
         W, jax.tree.map(lambda a: a * scale, memory)
     )
-    for scale in (0.5, 0.0):
+    for scale in (0.5, -2.0, 0.0):
         loss = lambda w, m, scale=scale: (f(w, X, memory=jax.tree.map(lambda a: a * scale, m)) ** 2).mean()
         if scale:
             assert_trees_close(msbp.value_and_grad(loss)(W, memory), plain(scale))

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 from twins import assert_trees_close, assert_trees_equal
 
 import msbp_jax as msbp
@@ -98,3 +99,8 @@ def test_a_state_without_memory_field_given_is_made_as_flax_makes_it():
     state = msbp.TrainState.create(apply_fn=None, params={"w": X}, tx=optax.sgd(0.1))
     assert state.memory is None
     assert_trees_close(state.apply_gradients(grads={"w": X}).params["w"], X * 0.9)
+
+
+def test_a_key_among_the_parameters_is_refused():
+    with pytest.raises(TypeError, match=r"Parameter k is a PRNG key, which no optimizer takes\. Keep it in a fiel"):
+        msbp.TrainState.create(apply_fn=None, params={"w": X, "k": jax.random.key(0)}, tx=optax.sgd(0.1))

@@ -146,3 +146,32 @@ def test_a_number_over_a_weight_is_none():
         {"w": W + 9, "v": W}, X, jnp.ones(())
     )
     assert [row.name for row in report.sparse] == ["v"]
+
+
+@pytest.mark.parametrize("flag", [np.array(["a", "b"]), np.array("a"), np.array([None, 1], dtype=object)])
+def test_numpy_arrays_of_text_and_objects_are_passed_as_they_are(flag):
+    def g(w, x, flag):
+        assert isinstance(flag, np.ndarray)
+        return x @ w if flag.dtype.kind in "UO" else x
+
+    f = msbp.sparse_vjp(g, msbp.memorized(msbp.top_k(k=6), 0.5))
+    w, x = jnp.ones((8, 64)), jnp.ones((6, 8))
+    memory = f.init_memory(w, x, flag)
+    _, _, after = msbp.value_and_grad(lambda w, m: f(w, x, flag, memory=m).mean())(w, memory)
+    assert after["params"].residual.any()
+
+
+@pytest.mark.parametrize(
+    ("number", "test"),
+    [
+        (jnp.int32(3), lambda n: n > 1),
+        (jnp.array(True), lambda n: ~n == False),  # noqa: E712
+        (jnp.uint8(3), lambda n: n % 2 == 1 and float(n) == 3),
+        (np.int64(3), lambda n: n + 1 == 4),
+    ],
+)
+def test_what_is_computed_from_a_concrete_scalar_can_be_asked_for(number, test):
+    f = msbp.sparse_vjp(lambda w, x, n: x @ w if test(n) else x.sum(), msbp.top_k(k=6))
+    w, x = jnp.ones((8, 64)), jnp.ones((6, 8))
+    assert set(f.init_memory(w, x, number)) == {"params"}
+    assert f(w, x, number, memory=f.init_memory(w, x, number)).shape == (6, 64)

@@ -185,3 +185,16 @@ def test_a_jit_around_diagnose(compilations):
         return ()
 
     assert after_two_steps(compilations, step)[0] == 0
+
+
+def test_a_checkpoint_that_is_a_new_function_at_every_step(compilations):
+    f = msbp.sparse_vjp(lambda p, x: jax.checkpoint(lambda x, w: jnp.tanh(x @ w))(x, p["in"]), S)
+    params = {"in": PARAMS["in"]}
+    step = msbp.value_and_grad(lambda p, m, x: (f(p, x, memory=m) ** 2).mean())
+
+    def hand_on(memory, x):
+        return (step(params, memory, x)[2],)
+
+    count, (memory,) = after_two_steps(compilations, hand_on, f.init_memory(params, jnp.ones((4, 6))))
+    assert count == 0
+    assert memory["in"].residual.any()

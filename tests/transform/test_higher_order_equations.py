@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import PartitionSpec as P
 from test_constructs import twin_product
 from twins import assert_trees_close, assert_trees_equal
@@ -240,3 +241,35 @@ def test_a_contraction_with_a_new_parameter_is_left_dense(monkeypatch):
     f = msbp.sparse_vjp(lambda p, x: x @ p[0], S)
     assert reasons(f, params, x) == ["its parameter out_sharding is not known to this version of msbp_jax"]
     is_plain(f, lambda dot, p, x: dot(x, p[0]), params, x)
+
+
+def in_a_scope(p, x):
+    with jax.named_scope("my_scope"):
+        return x @ p["w"]
+
+
+def in_a_scope_and_jit(p, x):
+    with jax.named_scope("my_scope"):
+        return jax.jit(lambda w: x @ w)(p["w"])
+
+
+def in_a_scope_and_scan(p, x):
+    with jax.named_scope("my_scope"):
+        return lax.scan(lambda h, w: (h @ w, None), x @ p["w"], p["s"])[0]
+
+
+def with_metadata(p, x):
+    with set_xla_metadata(my_scope="v"):
+        return x @ p["w"]
+
+
+@pytest.mark.parametrize("program", [in_a_scope, in_a_scope_and_jit, in_a_scope_and_scan, with_metadata])
+def test_names_of_scopes_and_metadata_are_kept(program):
+    """By which a profiler tells layers apart, in the forward and in the backward."""
+    x, params = jnp.ones((6, 8)), {"w": jnp.ones((8, 64)), "s": jnp.ones((2, 64, 64))}
+    f = msbp.sparse_vjp(program, msbp.memorized(msbp.top_k(k=6), 0.5))
+    memory = f.init_memory(params, x)
+    count = lambda function, *args: jax.jit(function).lower(*args).as_text(debug_info=True).count("my_scope")
+    assert count(lambda p, m: f(p, x, memory=m), params, memory) >= count(lambda p: program(p, x), params) > 0
+    step = msbp.value_and_grad(lambda p, m: f(p, x, memory=m).sum())
+    assert count(step, params, memory) > count(lambda p, m: f(p, x, memory=m), params, memory)

@@ -45,7 +45,9 @@ def test_a_linen_model_used_as_an_nnx_one():
         model(X)
     with pytest.raises(ValueError, match=r'variables with parameters in the collection "params".*got ArrayImpl'):
         model.init_memory(X)
-    with pytest.raises(TypeError, match=r"must be an NNX model, or hold it, got SparseModule\. .*msbp\.value_and_grad"):
+    with pytest.raises(
+        TypeError, match=r"must be an NNX model, or hold one, got SparseModule\. .*msbp\.value_and_grad"
+    ):
         msbp.nnx.value_and_grad(lambda model, x: model(x).mean())(model, X)
 
 

@@ -329,3 +329,65 @@ def test_it_trains_like_plain_nnx_where_all_is_kept():
             losses.append(float(loss))
     np.testing.assert_allclose(losses[::2], losses[1::2], rtol=1e-3)
     assert own.default.count[...] == rngs.default.count[...] == 3
+
+
+def two_layers(wrap):
+    first, second = (nnx.Linear(8 if seed == 0 else 64, 64, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    return wrap(first), wrap(second)
+
+
+def of_pair(models, x):
+    first, second = models.values() if isinstance(models, dict) else models
+    return (second(first(x)) ** 2).mean()
+
+
+@pytest.mark.parametrize("count", [None, 2])
+@pytest.mark.parametrize("container", [tuple, list, lambda pair: dict(zip("ab", pair, strict=True))])
+def test_a_container_of_models_as_the_first_argument(container, count):
+    x = jax.random.normal(jax.random.key(0), (4, 8))
+    everything = msbp.Sparsifier(lambda aval: (), lambda u, s: (msbp.Dense(u), s), at=lambda where: everything)
+    dense, sparse = (container(two_layers(lambda m, s=s: msbp.sparse_vjp(m, s))) for s in (everything, S))
+    plain = container(two_layers(lambda m: m))
+    for models in (dense, sparse):
+        first, second = models.values() if isinstance(models, dict) else models
+        part = x if count is None else x[:2]
+        first.init_memory(part)
+        second.init_memory(first.module(part))
+    want_loss, want = nnx.value_and_grad(of_pair)(plain, x)
+    loss, grads = msbp.nnx.value_and_grad(of_pair, microbatches=count)(dense, x)
+    assert type(grads) is type(want)
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
+    for got, wanted in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-7)
+    msbp.nnx.value_and_grad(of_pair, microbatches=count)(sparse, x)
+    for model in sparse.values() if isinstance(sparse, dict) else sparse:
+        assert model.memory["kernel"].get_value().residual.any()
+
+
+def test_the_model_by_keyword():
+    model = msbp.sparse_vjp(nnx.Linear(8, 64, rngs=nnx.Rngs(0)), S)
+    x = jax.random.normal(jax.random.key(0), (4, 8))
+    model.init_memory(x)
+    step = msbp.nnx.value_and_grad(lambda m, x: (m(x) ** 2).mean())
+    loss, grads = step(m=model, x=x)
+    assert model.memory["kernel"].get_value().residual.any()
+    assert loss == (model.module(x) ** 2).mean()
+    assert grads["module"]["kernel"][...].any()
+    for wrong in ({}, {"x": x}):
+        with pytest.raises(TypeError, match=r"The first argument of loss_fn, the model, is missing; got (x|nothing)"):
+            step(**wrong)
+    with pytest.raises(TypeError, match=r"must be an NNX model, or hold one, got tuple"):
+        step((x, x), x)
+
+
+def test_a_model_beside_the_first_argument_warns():
+    """Its gradients are sparse, and its memory stands still."""
+    first, second = two_layers(lambda m: msbp.sparse_vjp(m, S))
+    x = jax.random.normal(jax.random.key(0), (4, 8))
+    first.init_memory(x)
+    second.init_memory(first(x))
+    with pytest.warns(UserWarning, match=r"Linear is differentiated by something else than msbp\.nnx\.value_and_grad"):
+        msbp.nnx.value_and_grad(lambda a, b, x: (b(a(x)) ** 2).mean())(first, second, x)
+    assert first.memory["kernel"].get_value().residual.any()
+    assert not second.memory["kernel"].get_value().residual.any()
+    msbp.nnx.value_and_grad(lambda a, b, x: (b.module(a(x)) ** 2).mean())(first, second, x)  # dense, and no warning
