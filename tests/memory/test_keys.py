@@ -269,9 +269,14 @@ def test_no_key_is_used_twice(construct, sparsifier, microbatches):
     f = msbp.sparse_vjp(CONSTRUCTS[construct], sparsifier)
     memory = f.init_memory(W, EYE[: 8 // (microbatches or 1)])
     step = jax.jit(msbp.value_and_grad(lambda w, m, x: f(w, x, memory=m).sum(), microbatches=microbatches))
+    seen = keys_of(memory)
     with jax.debug_key_reuse(True):
         for _ in range(2):
             _, _, memory = step(W, memory, EYE)
+            now = keys_of(memory)
+            assert len(set(now)) == len(now)
+            assert set(now) - set(seen)  # all but those of a branch that did not run
+            seen += now
 
 
 def test_the_search_still_finds_a_key_that_the_loss_uses_twice():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from twins import assert_trees_close, assert_trees_equal, masked
 
 import msbp_jax as msbp
 
@@ -78,13 +79,16 @@ def test_a_contraction_of_data_is_dense_unless_named():
         return jax.nn.softmax(q @ q.T) @ q
 
     plain = msbp.sparse_vjp(attend, {"*": S}, min_features=1)
-    w, x = jnp.ones((8, 64)), jnp.arange(80.0).reshape(10, 8)
+    w, x = (jax.random.normal(jax.random.key(i), shape) / 3 for i, shape in enumerate([(8, 64), (10, 8)]))
     assert set(dense_rows(plain, w, x)) == {"@dot_general_0", "@dot_general_1"}
     named = msbp.sparse_vjp(attend, {"@dot_general_1": S, "*": S}, min_features=1)
     assert set(named.init_memory(w, x)) == {"params", "@dot_general_1"}
-    loss = lambda w, m: (named(w, x, memory=m) ** 2).mean()
-    grads = msbp.value_and_grad(loss)(w, named.init_memory(w, x))[1]
-    assert grads.shape == w.shape
+    grads = []
+    for g in (plain, named):
+        loss = lambda w, m, g=g: (g(w, x, memory=m) ** 2).mean()
+        grads.append(msbp.value_and_grad(loss)(w, g.init_memory(w, x))[1])
+    assert jnp.isfinite(grads[1]).all()
+    assert not jnp.allclose(*grads)
 
 
 @pytest.mark.parametrize("kind", ["while", "custom_vjp_call", "custom_jvp_call"])
@@ -165,18 +169,22 @@ def test_arguments_that_are_no_arrays_are_passed_as_they_are():
     assert "top_k(k=4" in repr(wrapped)
 
 
-def test_a_conv_is_evaluated_unchanged():
-    kernel, w = jnp.ones((3, 3, 1, 4)), jnp.ones((4 * 64, 64))
+def test_a_conv_of_few_features_is_evaluated_unchanged():
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"c": jax.random.normal(keys[0], (3, 3, 1, 4)), "w": jax.random.normal(keys[1], (4 * 64, 64))}
+    x = jax.random.normal(keys[2], (2, 8, 8, 1))
 
-    def g(p, x):
+    def g(p, x, mark=lambda y: y):
         y = lax.conv_general_dilated(x, p["c"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return y.reshape(x.shape[0], -1) @ p["w"]
+        return mark(y.reshape(x.shape[0], -1) @ p["w"])
 
-    wrapped, x = msbp.sparse_vjp(g, S), jnp.ones((2, 8, 8, 1))
-    params = {"c": kernel, "w": w}
-    loss = lambda p, m: (wrapped(p, x, memory=m) ** 2).mean()
-    grads = msbp.value_and_grad(loss)(params, wrapped.init_memory(params, x))[1]
-    assert grads["c"].shape == kernel.shape
+    wrapped = msbp.sparse_vjp(g, S)
+    memory = wrapped.init_memory(params, x)
+    assert set(memory) == {"w"}
+    assert_trees_equal(wrapped(params, x, memory=memory), g(params, x))
+    grads = msbp.value_and_grad(lambda p, m: (wrapped(p, x, memory=m) ** 2).mean())(params, memory)[1]
+    twin = jax.grad(lambda p: (g(p, x, lambda y: masked(y, 4, 1)) ** 2).mean())(params)
+    assert_trees_close(grads, twin)
 
 
 def test_the_report_warns_where_sparse_is_slower():
