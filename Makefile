@@ -4,13 +4,19 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test quick lint bench clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m msbp_jax.demo $(ARGS)
 
 test: $(VENV)/.dev $(VENV)/.aot
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov=msbp_jax --cov-report=term:skip-covered $(ARGS)
+
+# While working: every folder of the package, in three minutes on two cores. Left out is what is marked slow, which `make
+# test` has: other chips and their compilers, other processes, sanitizers, files, examples, the zoo of Flax's modules, and
+# large grids whose corners a smaller test has too. Benchmarks have tests of their own. ARGS="tests/memory" runs a folder.
+quick: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore tests/benchmarks $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 # Every backend that runs on a CPU of every op, in float32; every instruction set, both dtypes; the recursion of the
 # memory; and whole training steps with an optimizer.
 TESTS = [
@@ -20,6 +22,7 @@ TESTS = [
 ]
 
 
+@pytest.mark.slow
 def test_at_the_default_level_of_optimization(pytestconfig):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "not (float64 and float16)", *TESTS]

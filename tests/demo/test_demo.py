@@ -121,6 +121,7 @@ def test_help_teaches_every_flag(capsys):
     assert "what is dropped is remembered" in text
 
 
+@pytest.mark.slow
 def test_a_small_run(tmp_path, capsys, monkeypatch):
     from msbp_jax.demo import timing
 

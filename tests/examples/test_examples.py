@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = sorted((pathlib.Path(__file__).parents[2] / "examples").glob("*.py"))
 # On data of a user's choice, with a small set of their own; they return an accuracy for each method.
 ON_DATA = ("lstm_tagger", "cnn_cifar10", "char_transformer")

@@ -14,6 +14,8 @@ import pytest
 from ahead_of_time import GPUS, TPUS
 from test_pallas import KERNELS
 
+pytestmark = pytest.mark.slow
+
 WORKER = pathlib.Path(__file__).with_name("ahead_of_time.py")
 # `make test` installs the compilers beside the environment, so that nothing else that runs in it meets their plugins.
 BESIDE = pathlib.Path(sys.prefix) / "aot"

@@ -189,6 +189,7 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.slow
 @native
 def test_the_same_bits_for_any_number_of_threads():
     cpus = sorted(os.sched_getaffinity(0))
@@ -202,6 +203,7 @@ def test_the_same_bits_for_any_number_of_threads():
     assert len(found.pop()) == hashlib.sha256().digest_size * 2
 
 
+@pytest.mark.slow
 def test_without_them_xla_serves():
     code = (
         "import sys; sys.modules['msbp_jax.kernels._native'] = None\n"

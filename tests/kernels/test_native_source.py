@@ -23,6 +23,7 @@ def run(*command):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_fuzzed_under_sanitizers(tmp_path):
     program = str(tmp_path / "fuzz")
@@ -35,6 +36,7 @@ def test_fuzzed_under_sanitizers(tmp_path):
     assert "0 failures" in run(program, "60")
 
 
+@pytest.mark.slow
 def test_compiles_for_another_processor(tmp_path):
     cross = shutil.which("aarch64-linux-gnu-g++")
     if cross is None:

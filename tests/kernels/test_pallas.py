@@ -19,6 +19,8 @@ from msbp_jax.formats import take_columns
 from msbp_jax.kernels import _choose, _pallas, _platform, _roofline
 from msbp_jax.testing import dense_products, random_gradient, written_out
 
+pytestmark = pytest.mark.slow
+
 HERE = jax.default_backend()
 PLATFORMS = ["tpu", "gpu"] if HERE == "cpu" else [HERE]
 OPS = sorted(kernels.OPS)

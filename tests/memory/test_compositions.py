@@ -71,6 +71,7 @@ def test_decay_0_is_the_sparsifier_itself_and_adds_no_memory():
         msbp.memorized(msbp.memorized(TOP, 0.5), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEMORIZED)
 def test_a_memory_inside_a_users_own_is_a_memory(name):
     """The other way round is right: what wraps a memorized sparsifier without a memory of its own."""

@@ -261,6 +261,7 @@ CONSTRUCTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatches", [None, 2])
 @each
 @pytest.mark.parametrize("construct", CONSTRUCTS)

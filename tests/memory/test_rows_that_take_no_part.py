@@ -60,6 +60,7 @@ def padded(array, places, rows, fill):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduce", ["mean", "slot", "local"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_padded_batch_is_the_batch_without_padding(backend, reduce):

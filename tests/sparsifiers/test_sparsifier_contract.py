@@ -190,6 +190,7 @@ def test_cosine_of_the_weight_gradient():
     assert cosine(sparse, true) == pytest.approx(np.linalg.norm(true[:, columns]) / np.linalg.norm(true), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_random_k_is_unbiased_with_the_variance_it_states():
     check_sparsifier(msbp.random_k(k=12, rescale=True, rows_per_group=4), unbiased=True)
     with pytest.raises(AssertionError, match="the mean of 4000 draws is off by"):

@@ -55,6 +55,7 @@ def _start(process, processes, address):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

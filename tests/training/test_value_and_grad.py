@@ -266,6 +266,7 @@ BETWEEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outer", [lambda step: step, jax.jit], ids=["eager", "compiled"])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("between", BETWEEN)

@@ -57,6 +57,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("function", "argument"), CASES, ids=lambda value: getattr(value, "__name__", repr(value)))
 @pytest.mark.parametrize("by_name", [False, True])
 def test_a_function_asks_for_values(function, argument, by_name):

@@ -103,6 +103,7 @@ def vmapped(p, x):
 PROGRAMS = [jitted_layers, scanned, scanned_jits, branched, rematerialized, mapped, vmapped]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsifier", [S, R], ids=["top_k", "random_k"])
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 def test_an_eager_step(program, sparsifier, compilations):

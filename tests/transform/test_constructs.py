@@ -133,6 +133,7 @@ def test_masked_twin(name, group):
     assert not np.allclose(grads["w1"], dense["w1"])  # the mask bites
 
 
+@pytest.mark.slow
 @construct
 @pytest.mark.parametrize("sparsifier", [msbp.dense(), msbp.top_k(k=N), msbp.memorized(msbp.top_k(density=1.0), 0.8)])
 def test_keeping_everything_is_plain_jax_bit_for_bit(name, sparsifier):
@@ -220,6 +221,7 @@ def test_sites_and_shapes_of_their_memory(name):
     assert_trees_equal(f.init_memory(*abstract), f.init_memory(params, x))
 
 
+@pytest.mark.slow
 @construct
 def test_a_second_step_does_not_compile(name):
     params, x = data()
@@ -237,6 +239,7 @@ def test_a_second_step_does_not_compile(name):
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 @construct
 def test_vmap_over_examples_and_over_models(name):
     """A vmap around the model chooses within each example; a vmap over models has a memory each."""

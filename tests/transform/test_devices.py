@@ -58,6 +58,7 @@ WHOLE_BATCH = msbp.top_k(k=7, rows_per_group=None)
 
 
 # With explicit axes, JAX asks for an out_sharding of products of sharded weights in the program itself.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("placement", "kind"),
     [*((placement, AxisType.Auto) for placement in PLACES), ("data", AxisType.Explicit)],
@@ -201,6 +202,7 @@ def with_random_features(p, x):
     return jnp.tanh(x @ p["a"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", [True, False])
 def test_loops_branches_and_vmap_around_and_inside(check):
     params, x = data()

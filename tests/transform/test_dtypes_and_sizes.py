@@ -108,6 +108,7 @@ SPARSIFIERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsifier", SPARSIFIERS.values(), ids=SPARSIFIERS)
 @pytest.mark.parametrize("rows, features", BIG.values(), ids=BIG)  # noqa: PT006
 @pytest.mark.parametrize("backend", ["xla", None])

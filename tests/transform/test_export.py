@@ -11,6 +11,8 @@ from jax import export
 
 import msbp_jax as msbp
 
+pytestmark = pytest.mark.slow
+
 W = jax.random.normal(jax.random.key(0), (8, 64))
 X = jax.random.normal(jax.random.key(1), (8, 8))
 

@@ -10,6 +10,8 @@ from twins import assert_trees_close, assert_trees_equal, masked_contractions
 
 import msbp_jax as msbp
 
+pytestmark = pytest.mark.slow
+
 K, GROUP, DECAY = 5, 3, 0.8
 SPARSE = msbp.memorized(msbp.top_k(k=K, rows_per_group=GROUP), decay=DECAY)
 KEY = jax.random.key(0)

@@ -71,6 +71,7 @@ NESTED = [axes for axes in CASES if len(axes) > 1]
 HOW = [*itertools.product(["plain"], CASES), *itertools.product(["jit inside", "jit outside"], NESTED)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "axes"), HOW, ids=str)
 def test_nested_vmaps(how, axes):
     call = lambda m, x: F(W_ARGUMENT.value, x, memory=m)
