@@ -33,7 +33,8 @@ def metrics(memory: Any) -> dict[str, jax.Array]:
       their paths before. Each memorized site has a `memory_norm`, float32, in units of the gradient of the layer's
       output. A sparsifier adds more by its state: a NamedTuple with a property (or method) `metrics` that returns a
       dict of real scalars. It must reduce over all axes of its arrays, which have further leading ones where layers
-      are stacked. Sites that have nothing to tell are left out. Under `jit` they are arrays like any other.
+      are stacked. What a field `inner` holds, the state of what is wrapped, is told too. Sites that have nothing to
+      tell are left out. Under `jit` they are arrays like any other.
 
     Raises:
       TypeError: There is no state in `memory`; a state's own metrics are not real scalars by name.
@@ -77,13 +78,18 @@ def _collected(tree: Any) -> dict[str, jax.Array]:
 def _contributed(node: Any) -> dict[str, jax.Array]:
     if isinstance(node, Memory):
         return _collected(node.get_value())
+    found: dict[str, jax.Array] = {}
     if isinstance(node, MemorizedState):
-        norm = jnp.sqrt(jnp.square(jnp.asarray(node.residual)).sum())
-        return {"memory_norm": norm} | _collected(node.inner)
-    own = node.metrics() if callable(node.metrics) else node.metrics
-    if not isinstance(own, Mapping):
-        raise TypeError(f"{type(node).__name__}.metrics must give a dict of scalars by name, got {own!r}.")
-    return {str(name): _scalar(type(node).__name__, name, value) for name, value in own.items()}
+        found["memory_norm"] = jnp.sqrt(jnp.square(jnp.asarray(node.residual)).sum())
+    if _has_own(node):
+        own = node.metrics() if callable(node.metrics) else node.metrics
+        if not isinstance(own, Mapping):
+            raise TypeError(f"{type(node).__name__}.metrics must give a dict of scalars by name, got {own!r}.")
+        found |= {str(name): _scalar(type(node).__name__, name, value) for name, value in own.items()}
+    if "inner" in node._fields:
+        for name, value in _collected(node.inner).items():
+            found[unique_name(name, found)] = value
+    return found
 
 
 def _scalar(state: str, name: object, value: Any) -> jax.Array:
@@ -98,13 +104,13 @@ def _scalar(state: str, name: object, value: Any) -> jax.Array:
 
 
 def _tells(node: Any) -> bool:
-    """Whether a node is a state with metrics, or the Variable that holds a site's.
+    """Whether a node is a state with metrics or with another inside, or the Variable that holds a site's."""
+    return isinstance(node, Memory) or (_is_named_tuple(node) and ("inner" in node._fields or _has_own(node)))
 
-    A *field* called metrics is data of somebody's own NamedTuple, such as the carry of a loop.
-    """
-    if isinstance(node, MemorizedState | Memory):
-        return True
-    return _is_named_tuple(node) and hasattr(type(node), "metrics") and "metrics" not in node._fields
+
+def _has_own(node: Any) -> bool:
+    """Whether a state has metrics; a *field* of that name is data of somebody's own, such as the carry of a loop."""
+    return hasattr(type(node), "metrics") and "metrics" not in node._fields
 
 
 def _is_named_tuple(node: Any) -> bool:

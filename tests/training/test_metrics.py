@@ -1,6 +1,6 @@
 """What a memory tells of itself, as scalars by name, and what a diagnosis does."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -159,6 +159,24 @@ def test_a_state_adds_its_own():
     assert float(got["Dense_0/kernel/kept"]) == 5.0
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), memory, memory)
     assert float(msbp.metrics(stacked)["Dense_0/kernel/kept"]) == 10.0
+
+
+class Wrapper(NamedTuple):
+    """A state around another, which has its name from where it stands."""
+
+    step: jax.Array
+    inner: Any
+
+
+def test_what_is_wrapped_has_the_name_of_its_site():
+    norm = {"w/memory_norm": 2.0}
+    memorized = msbp.MemorizedState(jnp.ones(4), ())
+    as_floats = lambda found: {name: float(value) for name, value in found.items()}
+    assert as_floats(msbp.metrics({"w": Wrapper(jnp.zeros(()), memorized)})) == norm
+    twice = msbp.MemorizedState(jnp.ones(4), Wrapper(jnp.zeros(()), memorized))
+    assert as_floats(msbp.metrics({"w": twice})) == norm | {"w/memory_norm#2": 2.0}
+    scheduled = msbp.memorized(msbp.top_k(k=6), decay=lambda step: 0.5 + 0.0 * step)
+    assert list(msbp.metrics(trained(scheduled))) == ["Dense_0/kernel/memory_norm", "Dense_1/kernel/memory_norm"]
 
 
 def test_what_is_within_a_state_of_several_parts():
