@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from msbp_jax import _checks, _compat
 from msbp_jax.formats import Dense, Format
-from msbp_jax.kernels._residual import add_memory, left_of, takes_part
+from msbp_jax.kernels.residual import add_memory, left_of, takes_part
 from msbp_jax.sparsifiers import RandomKState, Sparsifier
 from msbp_jax.sparsifiers._base import State, Weighted, serving
 from msbp_jax.sparsifiers._keys import split_keys

@@ -15,7 +15,7 @@ import jax
 from flax import nnx
 
 from msbp_jax import training
-from msbp_jax.kernels._schedule import all_at_once
+from msbp_jax.kernels.xla.schedule import all_at_once
 from msbp_jax.rules import Passage
 from msbp_jax.training._microbatches import Step, check_microbatches, in_microbatches
 from msbp_jax.training._value_and_grad import check_loss, check_result

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 import msbp_jax as msbp
-from msbp_jax.kernels import _native_calls
+from msbp_jax.kernels.native import calls
 
 
 def describe(torch: str) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def describe(torch: str) -> dict[str, Any]:
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "processor": f"{len(models)} x {models[0]}" if models else platform.machine(),
-        "instruction sets": list(_native_calls.instruction_sets()),
+        "instruction sets": list(calls.instruction_sets()),
         "devices": str(jax.devices()),
         "python": platform.python_version(),
         "jax": jax.__version__,

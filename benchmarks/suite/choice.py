@@ -1,7 +1,7 @@
 """Where each path of the products pays, and whether the automatic choice takes the right one.
 
 Every path runs on a grid of shapes; the table says what the choice would have been and what that costs over the best.
-With `--fit`, the coefficients of `msbp_jax/kernels/_choose.py` are fitted to it (non-negative least squares of the
+With `--fit`, the coefficients of `msbp_jax/kernels/choice/cpu.py` are fitted to it (non-negative least squares of the
 relative error) and printed.
 """
 
@@ -21,7 +21,10 @@ from benchmarks.helpers.timing import medians, timed
 from benchmarks.suite.context import SMALL, Context, Grid
 from benchmarks.suite.layers import arrays, dense_backward
 from msbp_jax import kernels
-from msbp_jax.kernels import _choose
+from msbp_jax.kernels.choice import cpu
+from msbp_jax.kernels.choice.advice import expected_speed_up
+from msbp_jax.kernels.choice.layer import Layer
+from msbp_jax.kernels.choice.order import fastest_first
 
 GRID = Grid(
     shapes=(
@@ -65,14 +68,14 @@ def measure(context: Context) -> Iterator[Row]:
                     function = jax.jit(functools.partial(products, backend=backend))
                     calls[backend] = timed(function, p, x, w)
                 ms = medians(calls, context.rounds if rows * m * n < 2**28 else max(5, context.rounds // 2))
-                layer = rows, m, n, k, min(group or rows, rows)
-                chosen = _choose.fastest_first(*layer)[0]
+                layer = Layer(rows, m, n, k, min(group or rows, rows))
+                chosen = fastest_first(layer)[0]
                 best = min(ms[backend] for backend in backends if backend in ms)
-                row: Row = {"rows": rows, "in": m, "out": n, "k": k, "r": layer[-1]}
+                row: Row = {"rows": rows, "in": m, "out": n, "k": k, "r": layer.rows_per_group}
                 row |= {f"{name}_ms": round(t, 3) for name, t in ms.items()}
                 row |= {"chosen": chosen, "chosen/best": round(ms.get(chosen, np.inf) / best, 2)}
                 row["dense/sparse"] = round(ms["plain"] / (ms["select"] + ms.get(chosen, np.inf)), 2)
-                row["expected"] = round(_choose.expected_speed_up(*layer), 2)
+                row["expected"] = round(expected_speed_up(layer), 2)
                 yield row
 
 
@@ -81,15 +84,15 @@ def fit(table: list[Row]) -> dict[str, tuple[float, ...]]:
     from scipy.optimize import nnls
 
     out = {}
-    for kind in _choose.COEFFICIENTS:
+    for kind in cpu.COEFFICIENTS:
         units, times = [], []
         for row in table:
-            layer = row["rows"], row["in"], row["out"], row["k"], row["r"]
+            layer = Layer(row["rows"], row["in"], row["out"], row["k"], row["r"])
             select = "select, native" if "native_ms" in row else "select, xla"
             for name in ("native", "xla", "dense", "plain", "select"):
-                this = select if name == "select" else _choose.kind_of(name, row["k"], row["r"])
+                this = select if name == "select" else cpu.kind_of(name, row["k"], row["r"])
                 if this == kind and f"{name}_ms" in row:
-                    units.append(_choose.work(kind, *layer))
+                    units.append(cpu.work(kind, layer))
                     times.append(row[f"{name}_ms"] / 1e3)
         if not times:
             continue

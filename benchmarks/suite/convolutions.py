@@ -1,7 +1,7 @@
 """Backward of a convolution, dense over sparse, on a grid of layers: selection with memory, dx and dw.
 
 Of groups smaller than the batch it measures both paths: products on patches of the input, and the whole convolution on
-the sparse gradient. What `kernels/_patches_pay.py` chooses is held to this grid by a test.
+the sparse gradient. What `kernels/choice/patches.py` chooses is held to this grid by a test.
 """
 
 from __future__ import annotations

@@ -11,9 +11,7 @@ from jax.core import Tracer as Tracer
 from jax.core import eval_jaxpr as eval_jaxpr
 from jax.custom_derivatives import CustomVJPPrimal as CustomVJPPrimal
 from jax.custom_derivatives import SymbolicZero as SymbolicZero
-from jax.experimental import pallas as pallas
 from jax.experimental.custom_partitioning import custom_partitioning as custom_partitioning
-from jax.experimental.pallas import tpu as pallas_tpu  # noqa: F401
 from jax.extend.core import ClosedJaxpr as ClosedJaxpr
 from jax.extend.core import Jaxpr as Jaxpr
 from jax.extend.core import JaxprEqn as JaxprEqn
@@ -69,8 +67,3 @@ from msbp_jax._compat._programs import mesh_of as mesh_of
 from msbp_jax._compat._programs import scan_arity as scan_arity
 from msbp_jax._compat._programs import shape_of as shape_of
 from msbp_jax._compat._programs import single_equation as single_equation
-
-try:
-    from jax.experimental.pallas import triton as pallas_triton
-except ImportError:  # deprecated since JAX 0.11, to be removed in some later version
-    pallas_triton = None  # type: ignore[assignment]

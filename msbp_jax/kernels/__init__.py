@@ -1,34 +1,35 @@
-"""The ops of a sparse backward, one folder an op, one file a backend.
+"""The ops of a sparse backward.
 
 select              the k best columns of each group of rows, and their entries    u -> p
 select_with_memory  the same of u = g + m, and what is left of u                   g, m -> p, left, rows
 grad_input          dx = p wᵀ                                                      p, w -> dx
 grad_weight         dw = xᵀ p                                                      x, p -> dw
+
+A folder for each layout of what is kept (`columns`), in it a folder an op and a file a backend; beside them a room for
+what belongs to one compiler (`native`, `pallas`, `xla`), to calls that it cannot look into (`opaque`), and to choosing
+a backend (`choice`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from jaxtyping import Array, Float
 
 from msbp_jax.formats import Columns, Format
-from msbp_jax.kernels import _arguments, _choose, _dispatch
-from msbp_jax.kernels._patches_pay import patches_pay as patches_pay
-from msbp_jax.kernels._platform import names as _names
-from msbp_jax.kernels.grad_input import IMPLEMENTATIONS as _GRAD_INPUT
-from msbp_jax.kernels.grad_weight import IMPLEMENTATIONS as _GRAD_WEIGHT
-from msbp_jax.kernels.select import IMPLEMENTATIONS as _SELECT
-from msbp_jax.kernels.select_with_memory import IMPLEMENTATIONS as _SELECT_WITH_MEMORY
-
-OPS: dict[str, Mapping[str, Callable[..., Any]]] = {
-    "select": _SELECT,
-    "select_with_memory": _SELECT_WITH_MEMORY,
-    "grad_input": _GRAD_INPUT,
-    "grad_weight": _GRAD_WEIGHT,
-}
+from msbp_jax.kernels.choice import dispatch, target
+from msbp_jax.kernels.choice.layer import layer_of
+from msbp_jax.kernels.choice.order import products_order, selection_order
+from msbp_jax.kernels.choice.patches import patches_pay as patches_pay
+from msbp_jax.kernels.columns import OPS as OPS
+from msbp_jax.kernels.columns.arguments import (
+    check_inputs,
+    check_memory,
+    check_selection,
+    check_weight,
+    checked_columns,
+)
 
 
 def select(
@@ -50,9 +51,9 @@ def select(
       TypeError: A value of the wrong type or dtype.
       ValueError: A value of the wrong rank or size, or an unknown backend.
     """
-    _arguments.check_selection(cotangent, k, rows_per_group)
-    order = _choose.selection_order(cotangent.shape[0], rows_per_group)
-    return _dispatch.run("select", _SELECT, backend, cotangent, k, rows_per_group, order=order)
+    check_selection(cotangent, k, rows_per_group)
+    order = selection_order(cotangent.shape[0], rows_per_group)
+    return dispatch.run("select", OPS["select"], backend, cotangent, k, rows_per_group, order=order)
 
 
 def select_with_memory(
@@ -83,11 +84,11 @@ def select_with_memory(
       TypeError: A value of the wrong type or dtype.
       ValueError: A value of the wrong rank or size, or an unknown backend.
     """
-    _arguments.check_selection(cotangent, k, rows_per_group)
-    _arguments.check_memory(cotangent, memory)
+    check_selection(cotangent, k, rows_per_group)
+    check_memory(cotangent, memory)
     arguments = cotangent, memory, k, rows_per_group
-    order = _choose.selection_order(cotangent.shape[0], rows_per_group)
-    return _dispatch.run("select_with_memory", _SELECT_WITH_MEMORY, backend, *arguments, order=order)
+    order = selection_order(cotangent.shape[0], rows_per_group)
+    return dispatch.run("select_with_memory", OPS["select_with_memory"], backend, *arguments, order=order)
 
 
 def grad_input(
@@ -118,11 +119,11 @@ def grad_input(
     """
     if _brings_products(cotangent):
         return cotangent.grad_input(weight, feature_axis, precision=precision, dtype=dtype, backend=backend)
-    columns = _arguments.checked_columns(cotangent)
-    _arguments.check_weight(columns, weight, feature_axis)
-    order = _choose.products_order(columns, weight.shape[1 - feature_axis])
+    columns = checked_columns(cotangent)
+    check_weight(columns, weight, feature_axis)
+    order = products_order(layer_of(columns, weight.shape[1 - feature_axis]))
     arguments = columns, weight, feature_axis, precision, dtype
-    return _dispatch.run("grad_input", _GRAD_INPUT, backend, *arguments, order=order)
+    return dispatch.run("grad_input", OPS["grad_input"], backend, *arguments, order=order)
 
 
 def grad_weight(
@@ -153,11 +154,11 @@ def grad_weight(
     """
     if _brings_products(cotangent):
         return cotangent.grad_weight(inputs, feature_axis, precision=precision, dtype=dtype, backend=backend)
-    columns = _arguments.checked_columns(cotangent)
-    _arguments.check_inputs(columns, inputs, feature_axis)
-    order = _choose.products_order(columns, inputs.shape[1])
+    columns = checked_columns(cotangent)
+    check_inputs(columns, inputs, feature_axis)
+    order = products_order(layer_of(columns, inputs.shape[1]))
     arguments = columns, inputs, feature_axis, precision, dtype
-    return _dispatch.run("grad_weight", _GRAD_WEIGHT, backend, *arguments, order=order)
+    return dispatch.run("grad_weight", OPS["grad_weight"], backend, *arguments, order=order)
 
 
 def _brings_products(cotangent: Any) -> bool:
@@ -180,4 +181,4 @@ def backends() -> dict[str, tuple[str, ...]]:
 
 def platform_names() -> frozenset[str]:
     """Return the names that JAX has for the platform that programs are for, as in `lax.platform_dependent`."""
-    return _names()
+    return target.names()

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from msbp_jax.kernels._residual import takes_part
+from msbp_jax.kernels.residual import takes_part
 from msbp_jax.sparsifiers._base import Sparsifier, State, Weighted
 
 

@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from msbp_jax.formats import Columns, Format
-from msbp_jax.kernels import _choose
+from msbp_jax.kernels.choice.advice import note, warning
+from msbp_jax.kernels.choice.layer import Layer, layer_of
+from msbp_jax.kernels.choice.order import fastest_first
 from msbp_jax.rules import Path, path_of
 from msbp_jax.sparsifiers._where import abstract_norms
 from msbp_jax.transform._sites import Site
@@ -91,8 +93,8 @@ class Report:
         for row in self.sparse:
             if row.warning:
                 console.print(f"{row.name}: {row.warning}", highlight=False)
-        if note := _choose.note():
-            console.print(note, highlight=False)
+        if said := note():
+            console.print(said, highlight=False)
         return text.getvalue().rstrip()
 
 
@@ -143,12 +145,12 @@ def _chosen(site: Site, p: Format, paths: list[Path], backend: str | None) -> st
 
 
 def _fastest(site: Site, p: Format) -> str:
-    kept = _kept(p)
-    return "its own" if kept is None else _choose.fastest_first(site.dims.rows, site.dims.m, site.dims.n, *kept)[0]
+    layer = _layer(site, p)
+    return "its own" if layer is None else fastest_first(layer)[0]
 
 
 def _warning(site: Site, p: Format, paths: list[Path], backend: str | None) -> str:
-    kept = _kept(p)
+    layer = _layer(site, p)
     if Path.DENSE in paths and p.kept_share() is not None:
         if site.found.primitive == "conv_general_dilated" and backend is None and not _is_grouped(site):
             return (
@@ -160,9 +162,9 @@ def _warning(site: Site, p: Format, paths: list[Path], backend: str | None) -> s
             "its products run whole, on the sparse gradient, which is slower than the dense backward (by the "
             "selection): a grouped contraction gains nothing from groups of rows. msbp.dense() leaves it out."
         )
-    if kept is None or paths != [Path.ROWS, Path.ROWS]:
+    if layer is None or paths != [Path.ROWS, Path.ROWS]:
         return ""
-    return _choose.warning(site.dims.rows, site.dims.m, site.dims.n, *kept, backend)
+    return warning(layer, backend)
 
 
 def _is_grouped(site: Site) -> bool:
@@ -170,9 +172,9 @@ def _is_grouped(site: Site) -> bool:
     return max(counts) > 1
 
 
-def _kept(p: Format) -> tuple[int, int] | None:
-    """Return (k, rows per group), for which there is a cost model; None for a format of another kind."""
-    return (p.kept_per_group, p.rows_per_group) if isinstance(p, Columns) else None
+def _layer(site: Site, p: Format) -> Layer | None:
+    """Return the sizes, for which there is a cost model; None for a format of another kind."""
+    return layer_of(p, site.dims.m) if isinstance(p, Columns) else None
 
 
 def _abstract_result(site: Site) -> Format:

@@ -57,12 +57,12 @@ def test_what_is_interpreted_is_not_timed(monkeypatch):
 
 def test_an_interpreted_kernel_is_never_called(tmp_path, monkeypatch):
     """Not even to warm up: the parts that go through all backends get by without Pallas."""
-    from msbp_jax.kernels import _pallas
+    from msbp_jax.kernels.pallas import calls
 
     def run(*_, **__):
         raise AssertionError("a Pallas kernel was called")
 
-    monkeypatch.setattr(_pallas, "run", run)
+    monkeypatch.setattr(calls, "run", run)
     jax.clear_caches()
     with pytest.raises(AssertionError, match="a Pallas kernel was called"):
         msbp.kernels.select(jnp.ones((32, 64)), 4, 16, backend="gpu")

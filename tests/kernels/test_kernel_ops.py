@@ -14,7 +14,11 @@ from twins import top_k_mask
 import msbp_jax as msbp
 from msbp_jax import kernels
 from msbp_jax.formats import Columns, Dense, group_rows, take_columns
-from msbp_jax.kernels import _choose, _chunks, _dispatch
+from msbp_jax.kernels.choice import dispatch
+from msbp_jax.kernels.choice.advice import expected_speed_up, warning
+from msbp_jax.kernels.choice.layer import Layer
+from msbp_jax.kernels.choice.order import fastest_first
+from msbp_jax.kernels.xla import chunks
 from msbp_jax.testing import check_backend, dense_products, random_gradient
 
 ROUNDING = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
@@ -33,7 +37,7 @@ def test_public_oracle(backend):
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize(("rows", "m", "n", "k", "group"), [(12, 6, 20, 3, 1), (10, 5, 33, 7, 4), (9, 8, 16, 15, None)])
 def test_against_float64(op, backend, dtype, budget, rows, m, n, k, group, monkeypatch):
-    monkeypatch.setattr(_chunks, "BUDGET_BYTES", budget)
+    monkeypatch.setattr(chunks, "BUDGET_BYTES", budget)
     u, x, w = (random_gradient(i, *shape).astype(dtype) for i, shape in enumerate([(rows, n), (rows, m), (m, n)]))
     if dtype == "float16" and backend == "native":
         with pytest.raises(NotImplementedError, match="the native kernels take float32 and bfloat16, got float16"):
@@ -155,10 +159,10 @@ def test_dense_format():
     assert isinstance(jax.tree.map(lambda a: a, take_columns(u, jnp.zeros((1, 1), jnp.int32), None)), Columns)
 
 
-def test_chunks():
-    assert _chunks.groups_at_once(10, 1) == 10
-    assert _chunks.groups_at_once(10, _chunks.BUDGET_BYTES // 3) == 3  # four chunks of three, the last of one
-    assert _chunks.groups_at_once(4, 10 * _chunks.BUDGET_BYTES) == 1
+def testchunks():
+    assert chunks.groups_at_once(10, 1) == 10
+    assert chunks.groups_at_once(10, chunks.BUDGET_BYTES // 3) == 3  # four chunks of three, the last of one
+    assert chunks.groups_at_once(4, 10 * chunks.BUDGET_BYTES) == 1
 
 
 def declines(*_):
@@ -170,18 +174,18 @@ def faulty(*_):
 
 
 def test_dispatch():
-    assert _dispatch.run("op", {"a": declines, "b": lambda x: x + 1}, None, 1) == 2
+    assert dispatch.run("op", {"a": declines, "b": lambda x: x + 1}, None, 1) == 2
     with pytest.raises(ValueError, match="bad input"):
-        _dispatch.run("op", {"a": faulty, "b": lambda x: x}, None, 1)
+        dispatch.run("op", {"a": faulty, "b": lambda x: x}, None, 1)
     with pytest.raises(NotImplementedError, match="not on this chip"):
-        _dispatch.run("op", {"a": declines, "b": lambda x: x}, "a", 1)
+        dispatch.run("op", {"a": declines, "b": lambda x: x}, "a", 1)
     with pytest.raises(ValueError, match=r"op has no backend 'c'\. Expected one of: a, b; or None"):
-        _dispatch.run("op", {"a": declines, "b": declines}, "c", 1)
+        dispatch.run("op", {"a": declines, "b": declines}, "c", 1)
     with pytest.raises(ExceptionGroup, match="every backend of op declined") as caught:
-        _dispatch.run("op", {"a": declines, "b": declines}, None, 1)
+        dispatch.run("op", {"a": declines, "b": declines}, None, 1)
     assert [str(e) for e in caught.value.exceptions] == ["not on this chip"] * 2
     with pytest.raises(ExceptionGroup) as caught:
-        _dispatch.run("op", {}, None, 1)
+        dispatch.run("op", {}, None, 1)
     assert "it has no backend" in str(caught.value.exceptions[0])
 
 
@@ -190,7 +194,7 @@ CHOICES = RESULTS["choice"]["rows"]
 
 
 def layer_of(row):
-    return row["rows"], row["in"], row["out"], row["k"], row["r"]
+    return Layer(row["rows"], row["in"], row["out"], row["k"], row["r"])
 
 
 @pytest.mark.skipif("native" not in msbp.backends()["select"], reason="the native kernels were not built")
@@ -199,7 +203,7 @@ def test_the_choice_is_within_15_percent_of_the_best():
     worse = {}
     for row in CHOICES:
         times = {name: row[f"{name}_ms"] for name in ("native", "xla", "dense") if f"{name}_ms" in row}
-        chosen = next(name for name in _choose.fastest_first(*layer_of(row)) if name in times)
+        chosen = next(name for name in fastest_first(layer_of(row)) if name in times)
         if row["k"] <= 0.25 * row["out"] + 1:
             best = min(times.values())
             worse[layer_of(row)] = max(1, (times[chosen] - 0.06) / best) if times[chosen] > 1.15 * best else 1
@@ -210,7 +214,7 @@ def test_the_choice_is_within_15_percent_of_the_best():
 @pytest.mark.skipif("native" not in msbp.backends()["select"], reason="the native kernels were not built")
 def test_the_expected_speed_up_tells_faster_from_slower():
     measured = np.array([row["dense/sparse"] for row in CHOICES])
-    expected = np.array([_choose.expected_speed_up(*layer_of(row)) for row in CHOICES])
+    expected = np.array([expected_speed_up(layer_of(row)) for row in CHOICES])
     assert np.median(np.abs(np.log(expected / measured))) < np.log(1.5)
     slow_enough = np.array([row["plain_ms"] > 0.3 for row in CHOICES])  # to be told from the cost of a call
     clear = ((measured > 2) | (measured < 0.5)) & slow_enough
@@ -218,10 +222,10 @@ def test_the_expected_speed_up_tells_faster_from_slower():
 
 
 def test_warnings():
-    assert _choose.warning(1024, 1024, 1024, 41, 128) == ""
-    text = _choose.warning(1024, 1024, 1024, 1000, 1)
+    assert warning(Layer(1024, 1024, 1024, 41, 128)) == ""
+    text = warning(Layer(1024, 1024, 1024, 1000, 1))
     assert "probably slower than the dense one here" in text
     assert "its products run dense, on the sparse gradient, as no sparse path would be faster" in text
-    slow = _choose.warning(1024, 1024, 1024, 41, 1, "xla")
+    slow = warning(Layer(1024, 1024, 1024, 41, 1), "xla")
     assert "rows_per_group=32 or more is faster" in slow
-    assert "better left dense" in _choose.warning(32, 64, 64, 60, 32, "xla")
+    assert "better left dense" in warning(Layer(32, 64, 64, 60, 32), "xla")

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import msbp_jax as msbp
 from msbp_jax import kernels
 from msbp_jax.formats import Columns
-from msbp_jax.kernels import _native_calls
+from msbp_jax.kernels.native import calls
 from msbp_jax.testing import dense_products, random_gradient
 
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -27,10 +27,10 @@ COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") o
 def test_they_are_built_where_there_is_a_compiler():
     if COMPILER is None:
         pytest.skip("no C++ compiler")
-    assert _native_calls.available(), "installation fell back to XLA: look at the output of pip install -v ."
+    assert calls.available(), "installation fell back to XLA: look at the output of pip install -v ."
 
 
-native = pytest.mark.skipif(not _native_calls.available(), reason="the native kernels were not built")
+native = pytest.mark.skipif(not calls.available(), reason="the native kernels were not built")
 
 
 def backward(u, x, w, k, group, backend="native"):
@@ -39,7 +39,7 @@ def backward(u, x, w, k, group, backend="native"):
 
 
 @native
-@pytest.mark.parametrize("number", range(len(_native_calls.instruction_sets())))
+@pytest.mark.parametrize("number", range(len(calls.instruction_sets())))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("rows", "m", "n", "k", "group"),
@@ -56,16 +56,14 @@ def test_every_instruction_set(number, dtype, rows, m, n, k, group):
     groups, f32 = -(-rows // group), jnp.float32
     select = {"instruction_set": number, "k": k, "rows_per_group": group}
     results = [((groups, group, k), u.dtype), ((groups, k), jnp.int32)]
-    p = Columns(*_native_calls.call("select", [u], results, **select), (rows, n))
+    p = Columns(*calls.call("select", [u], results, **select), (rows, n))
     want = kernels.select(u, k, group, backend="xla")
     np.testing.assert_array_equal(p.index, np.sort(want.index, axis=1))
     memory = random_gradient(5, 1, n)[0]
     u = u.at[1::3].set(0)  # rows that take no part
     for remembered, by_slot in ((memory, False), (random_gradient(6, rows, n), True)):
         left = [(remembered.shape, f32), ((rows, 1) if by_slot else (1,), f32)]
-        _, index, *got = _native_calls.call(
-            "select_with_memory", [u, remembered], [*results, *left], by_slot=by_slot, **select
-        )
+        _, index, *got = calls.call("select_with_memory", [u, remembered], [*results, *left], by_slot=by_slot, **select)
         want, *want_left = kernels.select_with_memory(u, remembered, k, group, backend="xla")
         live = np.asarray(u).any(1).reshape(-1, group).any(1) if rows % group == 0 else np.ones(groups, bool)
         np.testing.assert_array_equal(index[live], np.sort(want.index, axis=1)[live])
@@ -74,8 +72,8 @@ def test_every_instruction_set(number, dtype, rows, m, n, k, group):
     for axis in (0, 1):
         oriented = w if axis == 1 else w.T
         how = {"features_last": axis == 1, "instruction_set": number}
-        (dx,) = _native_calls.call("grad_input", [p.values, p.index, oriented], [((rows, m), f32)], **how)
-        (dw,) = _native_calls.call("grad_weight", [p.values, p.index, x], [(oriented.shape, f32)], **how)
+        (dx,) = calls.call("grad_input", [p.values, p.index, oriented], [((rows, m), f32)], **how)
+        (dw,) = calls.call("grad_weight", [p.values, p.index, x], [(oriented.shape, f32)], **how)
         for got, want_product in zip((dx, dw), dense_products(p, x, oriented, axis), strict=True):
             np.testing.assert_allclose(got, want_product, rtol=0, atol=1e-5 * np.abs(want_product).max())
 
@@ -281,7 +279,7 @@ def fits(which: str, operands: list[Array], results: list[Array], numbers: dict[
         right &= {dtypes[0], dtypes[2]} <= set(real) and (dtypes[1], dtypes[3]) == ("int32", "float32")
     sizes = rows >= 1 and 1 <= k <= n and 1 <= r <= rows
     along = all(len(own) == len(whole) and all(map(_same_or_1, own, whole)) for own in batches)
-    return right and sizes and along and 0 <= numbers["instruction_set"] < len(_native_calls.instruction_sets())
+    return right and sizes and along and 0 <= numbers["instruction_set"] < len(calls.instruction_sets())
 
 
 def _same_or_1(size: int, whole: int) -> bool:
@@ -299,7 +297,7 @@ def good_call(draw) -> tuple[str, list[Array], list[Array], dict[str, int]]:
     values, index, weight = (groups, r, k), (groups, k), (m, n) if last else (n, m)
     alike, live = ((rows, n), (rows, 1)) if by_slot else ((n,), (1,))
     kept = [(values, dtype), (index, "int32")]
-    numbers = {"instruction_set": draw(st.integers(0, len(_native_calls.instruction_sets()) - 1))}
+    numbers = {"instruction_set": draw(st.integers(0, len(calls.instruction_sets()) - 1))}
     match which:
         case "select":
             operands, results = [((rows, n), dtype)], kept
@@ -353,7 +351,7 @@ def test_the_handlers_run_what_fits_and_refuse_all_else(spoiled):
             numbers[name] = draw(st.integers(-2, 7)) if type(numbers[name]) is int else not numbers[name]
         fitted.append(fits(which, operands, results, numbers))
         call = lambda: jax.block_until_ready(
-            _native_calls.call(which, [jnp.zeros(*operand) for operand in operands], results, **numbers)
+            calls.call(which, [jnp.zeros(*operand) for operand in operands], results, **numbers)
         )
         if fitted[-1]:
             assert [(a.shape, str(a.dtype)) for a in call()] == results

@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from msbp_jax.kernels import _choose
+from msbp_jax.kernels.choice import cpu
 
 NATIVE = pathlib.Path(__file__).parents[2] / "native"
 SOURCES = [str(NATIVE / name) for name in ("fuzz.cpp", "scratch.cpp", "kernels.cpp")]
@@ -72,7 +72,7 @@ def test_both_sides_know_where_lists_end_and_groups_begin():
     compiled = compile(condition.replace("p.", "").replace("&&", "and").replace("||", "or"), "kernels.cpp", "eval")
     grid = list(itertools.product(range(1, 40), range(1, 130)))
     in_cpp = {(r, k): eval(compiled, {"r": r, "k": k}) for r, k in grid}
-    assert in_cpp == {(r, k): _choose.kind_of("native", k, r) == "native, lists" for r, k in grid}
+    assert in_cpp == {(r, k): cpu.kind_of("native", k, r) == "native, lists" for r, k in grid}
     assert 0 < sum(in_cpp.values()) < len(grid)
     for product in ("grad_input", "grad_weight"):  # and both products ask it
         assert f"by_lists(p) ? {product}_by_lists<Value, Other>(p, pool) : {product}_by_groups<" in source

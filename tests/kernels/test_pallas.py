@@ -14,9 +14,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import msbp_jax as msbp
 from msbp_jax import kernels
-from msbp_jax._compat import pallas_tpu
+from msbp_jax._compat._pallas import pallas_tpu
 from msbp_jax.formats import take_columns
-from msbp_jax.kernels import _choose, _pallas, _platform, _roofline
+from msbp_jax.kernels.choice import roofline, target
+from msbp_jax.kernels.choice.advice import expected_speed_up, note, warning
+from msbp_jax.kernels.choice.layer import Layer
+from msbp_jax.kernels.choice.order import fastest_first, selection_order
+from msbp_jax.kernels.pallas import kernel, tiles
 from msbp_jax.testing import dense_products, random_gradient, written_out
 
 pytestmark = pytest.mark.slow
@@ -114,7 +118,7 @@ def test_no_races_on_a_simulated_tpu(op, monkeypatch, alone):
     """Copies, semaphores and memory of a TPU are simulated, with not-a-number in memory that nobody wrote."""
     raising = {"on_race": "raise"} if "on_race" in dir(pallas_tpu.InterpretParams) else {}
     params = pallas_tpu.InterpretParams(detect_races=True, uninitialized_memory="nan", **raising)
-    monkeypatch.setitem(_pallas.INTERPRET, "tpu", params)
+    monkeypatch.setitem(kernel.INTERPRET, "tpu", params)
     body_of_the_test(op, "tpu", jnp.bfloat16, 22, 20, 140, 9, 8)
 
 
@@ -212,7 +216,7 @@ def test_inside_shard_map_with_varying_axes_checked(platform):
 
 def test_chunks_of_products(monkeypatch):
     """The GPU's dw in several pieces, inside `shard_map` too, is the dw in one."""
-    from msbp_jax.kernels.grad_weight import gpu
+    from msbp_jax.kernels.columns.grad_weight import gpu
 
     u, x, _, _ = arrays()
     x = jnp.tile(x, (1, 7))
@@ -291,7 +295,7 @@ def test_a_report_says_that_kernels_are_interpreted():
         f = msbp.sparse_vjp(lambda w, x: x @ w, msbp.top_k(k=8, rows_per_group=16), backend=backend)
         assert f"the {backend} kernels are interpreted on a CPU: slowly, for tests." in str(f.report(w, x))
     with on("NVIDIA H200"):
-        assert _choose.warning(64, 64, 96, 8, 16, "native") == ""
+        assert warning(Layer(64, 64, 96, 8, 16), "native") == ""
 
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
@@ -345,24 +349,24 @@ def test_several_tpus(monkeypatch):
 
 
 def test_without_triton(monkeypatch):
-    monkeypatch.setattr(_pallas._compat, "pallas_triton", None)
+    monkeypatch.setattr(kernel, "pallas_triton", None)
     with pytest.raises(NotImplementedError, match="the gpu kernels need Pallas-Triton"):
         kernels.select(jnp.ones((4, 6)), 2, 2, backend="gpu")
 
 
 def test_the_budget_of_fast_memory(monkeypatch):
     u = jnp.ones((16, 300))
-    monkeypatch.setattr(_pallas, "VMEM_BYTES", 10_000)
+    monkeypatch.setattr(kernel, "VMEM_BYTES", 10_000)
     with pytest.raises(NotImplementedError, match=r"would take [0-9]+ bytes of fast memory, of 10000"):
         kernels.select(u, 2, 16, backend="tpu")
-    assert _pallas._tiled_bytes((2, 3, 130), jnp.bfloat16) == 2 * 8 * 256 * 2
+    assert kernel._tiled_bytes((2, 3, 130), jnp.bfloat16) == 2 * 8 * 256 * 2
 
 
 def test_tiles():
-    assert _pallas.tile_of(8192, 3072, 128) == 2048  # exact, rather than fewer
-    assert _pallas.tile_of(300, 4096, 128) == 384
-    assert _pallas.tile_of(700, 256, 16) == 240
-    assert [_pallas.power_of_two(size, 128) for size in (1, 16, 17, 1000)] == [16, 16, 32, 128]
+    assert tiles.tile_of(8192, 3072, 128) == 2048  # exact, rather than fewer
+    assert tiles.tile_of(300, 4096, 128) == 384
+    assert tiles.tile_of(700, 256, 16) == 240
+    assert [tiles.power_of_two(size, 128) for size in (1, 16, 17, 1000)] == [16, 16, 32, 128]
 
 
 def on(kind):
@@ -418,23 +422,26 @@ def test_which_kernels_are_in_the_program_of_a_platform(platform, alone):
         assert "not from measurements" in report
 
 
+LAYER = Layer(8192, 8192, 8192, 512, 128)
+
+
 def test_the_order_of_backends_elsewhere():
     for kind in CHIPS:
         with on(kind):
-            own = _platform.platform()
-            assert _platform.target().kind == kind
-            assert _choose.selection_order(1024, 128) == (own, "xla")
-            assert _choose.selection_order(1024, 1) == ("xla",)
-            assert _choose.selection_order(8, None) == ("xla",)
-            assert sorted(_choose.fastest_first(8192, 8192, 8192, 512, 128)) == sorted([own, "xla", "dense"])
-            assert _choose.fastest_first(8192, 8192, 8192, 512, 8192)[0] == "xla"  # one choice: XLA's own products
-            assert _choose.fastest_first(8192, 8192, 8192, 512, 1)[0] == "dense"
-            assert "probably slower than the dense one here" in _choose.warning(8192, 8192, 8192, 512, 1)
-            assert _choose.expected_speed_up(8192, 8192, 8192, 512, 8192) > 2
-            assert "not from measurements" in _choose.note()
+            own = target.platform()
+            assert target.device().kind == kind
+            assert selection_order(1024, 128) == (own, "xla")
+            assert selection_order(1024, 1) == ("xla",)
+            assert selection_order(8, None) == ("xla",)
+            assert sorted(fastest_first(LAYER)) == sorted([own, "xla", "dense"])
+            assert fastest_first(LAYER._replace(rows_per_group=8192))[0] == "xla"  # one choice: XLA's own products
+            assert fastest_first(LAYER._replace(rows_per_group=1))[0] == "dense"
+            assert "probably slower than the dense one here" in warning(LAYER._replace(rows_per_group=1))
+            assert expected_speed_up(LAYER._replace(rows_per_group=8192)) > 2
+            assert "not from measurements" in note()
     with on("NVIDIA Nonesuch"):
-        assert not _roofline.known(_platform.target())
-        assert _choose.fastest_first(8192, 8192, 8192, 512, 128)[0] == "gpu"
+        assert not roofline.known(target.device())
+        assert fastest_first(LAYER)[0] == "gpu"
     with (
         on("NVIDIA H100 80GB HBM3"),
         pytest.raises(NotImplementedError, match="run on CPU, and the program is for gpu"),

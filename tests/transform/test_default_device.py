@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import msbp_jax as msbp
-from msbp_jax.kernels import _platform
+from msbp_jax.kernels.choice import target
 
 W, X = jnp.ones((8, 64)), jnp.ones((6, 8))
 
@@ -15,14 +15,14 @@ def test_a_cpu_chosen_on_a_host_with_another_default(chosen, monkeypatch):
     f = msbp.sparse_vjp(lambda w, x: x @ w, msbp.top_k(k=6))
     cpu = chosen or jax.devices("cpu")[3]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert _platform.platform() == "gpu"
+    assert target.platform() == "gpu"
     with jax.default_device(cpu):
-        assert _platform.platform() == "cpu"
-        assert _platform.names() == {"cpu"}
+        assert target.platform() == "cpu"
+        assert target.names() == {"cpu"}
         assert f.report(W, X).sparse[0].backend in ("native", "xla")
         _, grads, _ = msbp.value_and_grad(lambda w, m, x: f(w, x, memory=m).mean())(W, f.init_memory(W, X), X)
     assert grads.any()
-    assert _platform.platform() == "gpu"
+    assert target.platform() == "gpu"
 
 
 def test_a_device_that_is_chosen_holds_the_results():

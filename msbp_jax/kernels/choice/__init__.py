@@ -1,0 +1,1 @@
+"""Which backend runs: for which device, in what order, and what to say of it."""
