@@ -202,7 +202,7 @@ def _opened(model: Any, wrt: Any) -> list[tuple[SparseNNXModule, dict[str, Passa
         if own:
             module.carriers = nnx.data({name: Carrier(passage.carriers) for name, passage in own.items()})
         passages.append((module, own))
-    if not passages:
+    if not passages and (not wrapped or any(module._plan.has_state for _, module in wrapped)):
         raise ValueError(
             "The first argument of loss_fn holds no model with a memory, so that the backward would be dense. Wrap the "
             "model with msbp.sparse_vjp and call model.init_memory(*arguments) first; or use nnx.value_and_grad."

@@ -27,7 +27,7 @@ EPILOG = """\
 examples:
   python -m msbp_jax.demo                                 digits, two layers of 1024, groups of 32 rows
   python -m msbp_jax.demo --rows-per-group 1 --k 20       the papers' setting: each example chooses for itself
-  python -m msbp_jax.demo --rows-per-group all            one choice for the whole batch: fastest, coarsest
+  python -m msbp_jax.demo --rows-per-group None           one choice for the whole batch: fastest, coarsest
   python -m msbp_jax.demo --data FOLDER --width 500 --batch 50 --epochs 5     MNIST
 """
 
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     sparse.add_argument("--k", type=int, help="number of features that is propagated, instead of a share")
     sparse.add_argument(
         "--rows-per-group", default="32", metavar="R",
-        help="rows that share a choice: 1 follows each example, larger groups are faster, 'all' is the whole batch "
+        help="rows that share a choice: 1 follows each example, larger groups are faster, None is the whole batch "
         "(default 32)",
     )  # fmt: skip
     sparse.add_argument(
@@ -139,12 +139,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _group(p: argparse.ArgumentParser, text: str) -> int | None:
-    if text == "all":
+    if text == "None":
         return None
     try:
         return int(text)
     except ValueError:
-        p.error(f"--rows-per-group must be a number of rows or 'all', got {text!r}")
+        p.error(f"--rows-per-group must be a number of rows or None, got {text!r}")
 
 
 def _output(p: argparse.ArgumentParser, flag: str, text: str) -> pathlib.Path:

@@ -183,7 +183,7 @@ class Passage:
     @property
     def unused(self) -> bool:
         """Whether there was something to be used, and no wrapped model got it."""
-        return bool(self._leaves) and not self._aside.witness.used
+        return any(not _is_empty(leaf) for leaf in self._leaves) and not self._aside.witness.used
 
     @property
     def taken_over(self) -> bool:

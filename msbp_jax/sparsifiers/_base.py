@@ -16,6 +16,7 @@ Rules that hold for every one of them:
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -101,6 +102,16 @@ class Sparsifier(NamedTuple):
         return hash(_by_value(self))
 
 
+@functools.lru_cache(maxsize=256)
+def keeps_state(sparsifier: Sparsifier) -> bool:
+    """Whether a sparsifier has a state; one that cannot say without rows counts as having one."""
+    try:
+        state = jax.eval_shape(lambda: sparsifier.init(jax.ShapeDtypeStruct((0, 1024), "float32")))
+    except Exception:
+        return True
+    return bool(jax.tree.leaves(state))
+
+
 def serving(sparsifier: Sparsifier, where: Where) -> Sparsifier | Stays:
     """Return what serves at a site: the sparsifier's own answer; without one, itself unless the site is narrow."""
     if sparsifier.at is not None:
@@ -175,5 +186,5 @@ def rows_of(rows_per_group: RowsPerGroup) -> int | None:
 
 def describe(name: str, count: Count, rows_per_group: RowsPerGroup) -> str:
     """Return the name that reports show."""
-    group = "all" if rows_per_group is None else rows_per_group
+    group = f'"{rows_per_group}"' if isinstance(rows_per_group, str) else rows_per_group
     return f"{name}({count}, rows_per_group={group})"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -73,7 +74,8 @@ def evaluate(jaxpr: _compat.ClosedJaxpr, arguments: Sequence[Any], placed: Place
 def _equation(eqn: _compat.JaxprEqn, inputs: list[Any], placed: Placeds, sites: Sites) -> Sequence[Any]:
     """Evaluate an equation that is a site or has one inside."""
     if eqn.primitive.name in CONTRACTIONS:
-        return [sparse_contraction(placed[()].rule, tuple(inputs), sites[()])]
+        operands = tuple(map(jnp.asarray, inputs))  # a constant of the program may be NumPy's
+        return [sparse_contraction(placed[()].rule, operands, sites[()])]
     return _rebuilt(_Equation(eqn.primitive, eqn.params), tuple(placed.items()))(inputs, sites)
 
 

@@ -46,7 +46,8 @@ class SparseFunction:
           params: A pytree of arrays: what is differentiated. Arrays without fractions are constants.
           *args: Anything else. Arrays are data, other leaves (flags) are passed as they are.
           **kwargs: As `*args`; and `memory`, what `init_memory` or the last step returned. Without it the call is the
-            plain function, for evaluation. It has another name if `sparse_vjp` was given one.
+            plain function, for evaluation, unless no sparsifier of the plan has a state: then there is nothing to
+            carry, and the derivative is the sparse one anyway. It has another name if `sparse_vjp` was given one.
 
         Raises:
           TypeError: A parameter is not a floating array, or `memory` not a mapping.
@@ -54,8 +55,9 @@ class SparseFunction:
             batch; there are no parameters.
         """
         memory = kwargs.pop(self._memory_name, None)
-        if memory is not None:
-            return self._program(params, args, kwargs, memory).run(memory)
+        if memory is not None or not self._plan.has_state:
+            program = self._program(params, args, kwargs, memory)
+            return program.run(program.empty_memory() if memory is None else memory)
         leaves = jax.tree.leaves((params, args, kwargs))
         if any(_compat.under_differentiation(leaf) for leaf in leaves) and self._is_sparse(params, args, kwargs):
             raise ValueError(

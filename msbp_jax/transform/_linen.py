@@ -15,6 +15,8 @@ from msbp_jax.transform._function import SparseFunction
 from msbp_jax.transform._plan import Plan
 from msbp_jax.transform._report import Report
 
+LinenModule = nn.Module
+
 
 class SparseModule:
     """A Linen module whose contractions with a parameter have a sparse backward; made by `sparse_vjp`.
@@ -82,8 +84,9 @@ class SparseModule:
           variables: The module's variables; the collection "params" is what is differentiated.
           *args: Arguments of the module.
           **kwargs: Further arguments, `rngs`, `mutable`, `method` and `capture_intermediates` included; and `memory`,
-            what `init_memory` or the last step returned. Without it the call is the plain module's, for evaluation. It
-            has another name if `sparse_vjp` was given one.
+            what `init_memory` or the last step returned. Without it the call is the plain module's, for evaluation,
+            unless no sparsifier of the plan has a state: then the derivative is the sparse one anyway. It has another
+            name if `sparse_vjp` was given one.
 
         Raises:
           TypeError: A parameter is not an array, or `memory` not a mapping.

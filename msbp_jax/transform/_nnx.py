@@ -7,6 +7,8 @@ A call is traced like a function of the module's Variables, and of those of ever
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +22,8 @@ from msbp_jax.sparsifiers._base import State
 from msbp_jax.transform._function import SparseFunction
 from msbp_jax.transform._plan import Plan
 from msbp_jax.transform._report import Report
+
+NNXModule = nnx.Module
 
 
 class Memory(nnx.Variable[Any]):
@@ -70,17 +74,26 @@ class SparseNNXModule(nnx.Module):
         Raises:
           ValueError: It is seen to be differentiated before `init_memory` was called, or the memory is of other shapes.
         """
-        if self.memory is None:
+        return self._run("__call__", *args, **kwargs)
+
+    def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        if self.memory is None and self._plan.has_state:
             self._check_not_differentiated((nnx.state(self.module), args, kwargs))
-            return self.module(*args, **kwargs)
-        call = _Call(self.module, args, kwargs)
-        memory = {name: self._marked(name, variable, (args, kwargs)) for name, variable in self.memory.items()}
+            return getattr(self.module, method)(*args, **kwargs)
+        call = _Call(self.module, args, kwargs, method)
+        own = {} if self.memory is None else self.memory
+        memory = {name: self._marked(name, variable, (args, kwargs)) for name, variable in own.items()}
         with nnx.update_context(_TAG):
             params, rest, arrays = call.split()
-            result = self._function(call)(params, rest, *arrays, memory=memory)
+            result = self._function(call)(params, rest, *arrays, memory=None if self.memory is None else memory)
             return call.merged(result)
 
     def __getattr__(self, name: str) -> Any:
+        module = vars(self).get("module")
+        if module is None:  # not made yet, or being put together again
+            raise AttributeError(name)
+        if not name.startswith("_") and inspect.isfunction(getattr(type(module), name, None)):
+            return functools.partial(self._run, name)
         if name in ("apply", "init"):
             raise AttributeError(
                 f"{type(self.module).__name__} is an NNX module and has no {name}: call it as model(*args), after "
@@ -90,12 +103,13 @@ class SparseNNXModule(nnx.Module):
             f"{type(self).__name__!r} object has no attribute {name!r}; the plain module is its .module."
         )
 
-    def init_memory(self, *args: Any, **kwargs: Any) -> dict[str, State]:
+    def init_memory(self, *args: Any, method: str = "__call__", **kwargs: Any) -> dict[str, State]:
         """Make the memory for arguments of these shapes, in place of the one there is; nothing is run.
 
         Args:
           *args: As in a call; ShapeDtypeStructs will do.
-          **kwargs: Likewise.
+          method: Name of the module's method that is called. It should reach all that is trained.
+          **kwargs: As in a call, likewise.
 
         Returns:
           What the Variables now hold: a dict from site names to the state of their sparsifier.
@@ -103,24 +117,25 @@ class SparseNNXModule(nnx.Module):
         Raises:
           ValueError: There is no contraction with a parameter, or a pattern of the plan matches nothing.
         """
-        call = _Call(self.module, args, kwargs)
+        call = _Call(self.module, args, kwargs, method)
         with nnx.update_context(_TAG), self._explained(args):
             params, rest, arrays = call.split()
             memory = self._function(call).init_memory(params, rest, *arrays)
         self.memory = nnx.data({name: Memory(state) for name, state in memory.items()})
         return memory
 
-    def report(self, *args: Any, **kwargs: Any) -> Report:
+    def report(self, *args: Any, method: str = "__call__", **kwargs: Any) -> Report:
         """Return what is sparse and what stays dense, and why; `print` it.
 
         Args:
           *args: As in a call; ShapeDtypeStructs will do.
-          **kwargs: Likewise.
+          method: Name of the module's method that is called.
+          **kwargs: As in a call, likewise.
 
         Raises:
           ValueError: There is no contraction with a parameter, or a pattern of the plan matches nothing.
         """
-        call = _Call(self.module, args, kwargs)
+        call = _Call(self.module, args, kwargs, method)
         with nnx.update_context(_TAG), self._explained(args):
             params, rest, arrays = call.split()
             return self._function(call).report(params, rest, *arrays)
@@ -194,10 +209,12 @@ class _Call:
     Args:
       module: The module.
       args: Its arguments; graph nodes among them are taken out and count as state.
-      kwargs: Likewise.
+      kwargs: Its keyword arguments, as `args`.
+      method: Name of its method that is called.
     """
 
-    def __init__(self, module: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, module: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any], method: str) -> None:
+        self.method = method
         self.arguments = Arguments(args, kwargs)
         self.objects = (module, self.arguments.nodes)
         self.graphdefs: list[Any] = []
@@ -218,7 +235,7 @@ class _Call:
         module, nodes = objects
         before, described = _values(objects), nnx.graphdef(objects)
         args, kwargs = self.arguments.put_together(nodes, others)
-        result = module(*args, **kwargs)
+        result = getattr(module, self.method)(*args, **kwargs)
         after = _values(objects)
         with nnx.split_context(_TAG) as context:
             graphdef, state = context.split(objects)

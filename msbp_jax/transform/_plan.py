@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from msbp_jax import _checks
 from msbp_jax.sparsifiers import Sparsifier
+from msbp_jax.sparsifiers._base import keeps_state
 
 EVERYTHING = "*"
 
@@ -23,6 +24,11 @@ class Plan:
 
     entries: tuple[tuple[str, Sparsifier], ...]
     min_features: int
+
+    @property
+    def has_state(self) -> bool:
+        """Whether a sparsifier of the plan has a state, so that a memory must be carried."""
+        return any(keeps_state(sparsifier) for _, sparsifier in self.entries)
 
     def match(self, name: str) -> tuple[Sparsifier | None, bool]:
         """Return the sparsifier of the first pattern that matches a site's name, or the name without `#2`, `#3`, ...

@@ -63,6 +63,10 @@ class Program:
             warnings.warn(f"Nothing is sparse under this plan. {reasons}.", stacklevel=4)
         return init_memory(self.sites, self.label)
 
+    def empty_memory(self) -> dict[str, Any]:
+        """Return the memory of sites none of which has a state."""
+        return init_memory(self.sites, self.label)
+
     def check_plan(self) -> None:
         """Raise unless every pattern of the plan is of use in this program.
 

@@ -33,6 +33,7 @@ class SparseRow:
       keeps: What of the gradient is kept, as far as shapes tell.
       k: Features kept; None for a format that does not keep as many for all.
       rows_per_group: Rows that share a choice; None likewise.
+      one_group: Whether all rows share one, `rows_per_group=None`.
       backend: Backend that will run.
       saved: Share of the backward's multiply-adds that is saved.
       instances: How many memories it has (stacked layers).
@@ -48,6 +49,7 @@ class SparseRow:
     keeps: str
     k: int | None
     rows_per_group: int | None
+    one_group: bool
     backend: str
     saved: float
     instances: int
@@ -127,6 +129,7 @@ def _sparse_row(site: Site, backend: str | None) -> SparseRow:
         keeps=p.describe(),
         k=getattr(p, "kept_per_group", None),
         rows_per_group=getattr(p, "rows_per_group", None),
+        one_group=p.columns_are_shared,
         backend=_chosen(site, p, paths, backend),
         saved=1 - sum(1.0 if share is None else share for share in shares) / 2,
         instances=math.prod(site.instances),
@@ -198,7 +201,7 @@ def _sparse_table(report: Report) -> Table:
     for heading in ("site", "contraction", "sparsifier", "keeps", "rows/group", "memories", "backend", "saved"):
         table.add_column(heading, overflow="fold")
     for row in report.sparse:
-        group = "?" if row.rows_per_group is None else str(row.rows_per_group)
+        group = "None" if row.one_group else "?" if row.rows_per_group is None else str(row.rows_per_group)
         cells = (row.keeps, group, str(row.instances), row.backend, f"{row.saved:.1%}")
         table.add_row(row.name, row.contraction, row.sparsifier, *cells)
     return table

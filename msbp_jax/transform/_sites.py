@@ -285,7 +285,10 @@ def _operation(found: Found, side: Side) -> tuple[Operation | None, Dims, str]:
 
 @functools.lru_cache(maxsize=1024)
 def _serving(sparsifier: Sparsifier, where: Where) -> Sparsifier | Stays:
-    return serving(sparsifier, where)
+    serves = serving(sparsifier, where)
+    if isinstance(serves, Sparsifier):
+        abstract_norms(serves.wants, where.cotangent)  # raises where there is nothing of a name
+    return serves
 
 
 def _unnamed(found: Found) -> tuple[str, bool]:

@@ -14,15 +14,48 @@ It is applied before differentiation. Without `memory` the wrapped function is t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, overload
 
 from msbp_jax import kernels
 from msbp_jax.sparsifiers import Sparsifier
 from msbp_jax.transform._function import SparseFunction
-from msbp_jax.transform._linen import SparseModule, is_linen
-from msbp_jax.transform._nnx import SparseNNXModule, is_nnx
+from msbp_jax.transform._linen import LinenModule, SparseModule, is_linen
+from msbp_jax.transform._nnx import NNXModule, SparseNNXModule, is_nnx
 from msbp_jax.transform._plan import make_plan
+
+
+@overload
+def sparse_vjp(  # type: ignore[overload-overlap]  # a module is callable too
+    target: LinenModule,
+    plan: Sparsifier | Mapping[str, Sparsifier],
+    *,
+    min_features: int = ...,
+    backend: str | None = ...,
+    memory_name: str = ...,
+) -> SparseModule: ...
+
+
+@overload
+def sparse_vjp(  # type: ignore[overload-overlap]
+    target: NNXModule,
+    plan: Sparsifier | Mapping[str, Sparsifier],
+    *,
+    min_features: int = ...,
+    backend: str | None = ...,
+    memory_name: str = ...,
+) -> SparseNNXModule: ...
+
+
+@overload
+def sparse_vjp(
+    target: Callable[..., Any],
+    plan: Sparsifier | Mapping[str, Sparsifier],
+    *,
+    min_features: int = ...,
+    backend: str | None = ...,
+    memory_name: str = ...,
+) -> SparseFunction: ...
 
 
 def sparse_vjp(
@@ -49,8 +82,10 @@ def sparse_vjp(
       target: A Flax module (Linen or NNX), or a function `f(params, *args)` whose first argument is a pytree of arrays.
       plan: A sparsifier for all sites, or a mapping from shell-style patterns over site names to sparsifiers, of which
         the first match wins; sites that no pattern matches stay dense. Sites are named by the path of their parameter.
-      min_features: Sites with fewer output features stay dense; there is little to choose from and nothing to gain.
-      backend: Which backend runs the products; None chooses, `msbp.backends()` lists them.
+      min_features: Sites with fewer output features stay dense, unless a pattern other than `"*"` names them; there is
+        little to choose from and nothing to gain.
+      backend: Which backend runs the products, and with `"xla"` the selection too; None chooses. `msbp.backends()`
+        lists them.
       memory_name: Keyword under which the wrapped function, or `apply`, takes the memory; for a model that has an
         argument `memory` itself.
 

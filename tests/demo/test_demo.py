@@ -81,7 +81,7 @@ def cut(path, size):
         (["--density", "0"], "density must lie in (0, 1]"),
         (["--density", "1.01"], "density must lie in (0, 1]"),
         (["--rows-per-group", "0"], "rows_per_group must be at least 1"),
-        (["--rows-per-group", "few"], "--rows-per-group must be a number of rows or 'all', got 'few'"),
+        (["--rows-per-group", "few"], "--rows-per-group must be a number of rows or None, got 'few'"),
         (["--decay", "1.2"], "decay must lie in [0, 1]"),
         (["--width", "0"], "--width must be at least 1, got 0"),
         (["--depth", "-1"], "--depth must be at least 1"),
@@ -137,7 +137,7 @@ def test_a_small_run(tmp_path, capsys, monkeypatch):
         "--k",
         "12",
         "--rows-per-group",
-        "all",
+        "None",
         "--optimizer",
         "sgd",
     ]
