@@ -12,9 +12,10 @@ demo: $(VENV)/.examples
 test: $(VENV)/.dev $(VENV)/.aot
 	$(BIN)/python -m pytest -n 2 --dist worksteal --cov=msbp_jax --cov-report=term:skip-covered $(ARGS)
 
-# While working: every folder of the package, in three minutes on two cores. Left out is what is marked slow, which `make
-# test` has: other chips and their compilers, other processes, sanitizers, files, examples, the zoo of Flax's modules, and
-# large grids whose corners a smaller test has too. Benchmarks have tests of their own. ARGS="tests/memory" runs a folder.
+# While working: every folder of the package, in about three minutes on two cores. Left out is what is marked slow, which
+# `make test` has: other chips and their compilers, other processors and processes, sanitizers, files, examples, the zoo of
+# Flax's modules, draws of keys, and large grids whose corners a smaller test has too. Benchmarks have tests of their own.
+# ARGS="tests/memory" runs a folder.
 quick: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore tests/benchmarks $(ARGS)
 

@@ -28,6 +28,7 @@ BUDGETS = {"xla": [1, 500, 10**9]}  # the others have no chunks
 CASES = [(op, backend, budget) for op, backend in BACKENDS for budget in BUDGETS.get(backend, [10**9])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", sorted({backend for _, backend in BACKENDS} - {"dense"}))
 def test_public_oracle(backend):
     check_backend(backend)

@@ -38,6 +38,7 @@ def backward(u, x, w, k, group, backend="native"):
     return kernels.grad_input(p, w, 1, backend=backend), kernels.grad_weight(p, x, 1, backend=backend)
 
 
+@pytest.mark.slow
 @native
 @pytest.mark.parametrize("number", range(len(calls.instruction_sets())))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -78,6 +79,7 @@ def test_every_instruction_set(number, dtype, rows, m, n, k, group):
             np.testing.assert_allclose(got, want_product, rtol=0, atol=1e-5 * np.abs(want_product).max())
 
 
+@pytest.mark.slow
 @native
 @pytest.mark.parametrize("group", [1, 4, 12, None])
 def test_transformations_keep_the_bits(group):
@@ -133,6 +135,7 @@ def test_shard_map_communicates_nothing():
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
 
+@pytest.mark.slow
 @native
 @pytest.mark.parametrize("group", [1, 4, 8, 16, 5, None])
 @pytest.mark.parametrize("by_slot", [False, True])

@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 import msbp_jax as msbp
 
+pytestmark = pytest.mark.slow
+
 DRAW = msbp.random_k(k=6, rows_per_group=None, rescale=True)
 LOCAL = functools.partial(msbp.memorized, decay=0.5, reduce="local")
 EYE, W = jnp.eye(8), jnp.zeros((8, 64))
@@ -261,7 +263,6 @@ CONSTRUCTS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("microbatches", [None, 2])
 @each
 @pytest.mark.parametrize("construct", CONSTRUCTS)

@@ -70,6 +70,7 @@ def gradients(function, w, x):
 ALL_GROUPS = ("2d same", "2d strided and dilated", "2d transposed", "3d")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["xla", "dense"])  # on patches, and whole
 @pytest.mark.parametrize(
     ("name", "group"),

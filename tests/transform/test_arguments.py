@@ -112,6 +112,7 @@ def test_under_jit_a_flag_is_traced_as_ever(argument):
         jax.jit(lambda flag: f(W, X, flag, memory=memory))(argument)
 
 
+@pytest.mark.slow
 def test_numbers_are_data_however_they_come():
     """A network of one number: its layers have the same sites be it concrete, traced or abstract."""
 

@@ -286,6 +286,7 @@ def test_local_memory_needs_whole_groups_in_every_shard():
         msbp.memorized(TOP, 0.8, shards=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsifier", [msbp.top_k(k=6), msbp.memorized(msbp.top_k(k=6), decay=0.8)])
 @pytest.mark.parametrize("layers", ["vmap", "experts", "plain"])
 def test_arrays_that_are_not_placed_on_the_mesh(layers, sparsifier):

@@ -46,6 +46,7 @@ COMPLEX = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", COMPLEX)
 def test_complex_contractions_are_dense_and_in_the_report(case):
     function, params = COMPLEX[case]

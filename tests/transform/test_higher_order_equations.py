@@ -127,6 +127,7 @@ def test_a_rebuilt_equation_keeps_every_parameter(name):
         assert value == kept, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [by_platform, by_default])
 @pytest.mark.parametrize("around", [lambda f: f, jax.jit, jax.checkpoint], ids=["bare", "jit", "remat"])
 def test_a_branch_for_each_platform(program, around):

@@ -109,6 +109,7 @@ class Zoo(nn.Module):
         return embed.attend(x)
 
 
+@pytest.mark.slow
 def test_names_of_the_zoo():
     tokens = jnp.arange(8).reshape(2, 4)
     model = msbp.sparse_vjp(Zoo(), SPARSE)

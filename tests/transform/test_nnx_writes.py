@@ -182,6 +182,7 @@ def test_what_a_call_writes(net, around):
         assert_same_writes((model.module, own_args, own_kwargs), (plain, args, kwargs), exactly=False)
 
 
+@pytest.mark.slow
 @case
 @pytest.mark.parametrize("around", [lambda f: f, nnx.jit], ids=["eager", "jit"])
 def test_what_a_step_writes(net, around):

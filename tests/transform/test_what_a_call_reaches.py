@@ -190,6 +190,7 @@ def test_more_sites_than_a_call_reaches_with_every_way_to_train():
     assert_trees_equal(after["stack"], memory["stack"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mean", "random", "slot"])
 def test_disable_jit_changes_nothing(name):
     f = msbp.sparse_vjp(layers, SPARSIFIERS[name])
