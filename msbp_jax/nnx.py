@@ -1,6 +1,6 @@
 """Training of NNX models: gradients out, and the memory updated where it lives, in `msbp.Memory` Variables.
 
-It is `nnx.value_and_grad` with the carriers of the memory (`rules/_way_back.py`) as further Variables to
+It is `nnx.value_and_grad` with the carriers of the memory (`carriers/`) as further Variables to
 differentiate: so whatever a loss writes to its arguments arrives as it does there, and what NNX refuses is refused.
 """
 
@@ -15,8 +15,8 @@ import jax
 from flax import nnx
 
 from msbp_jax import training
+from msbp_jax.carriers import Passage
 from msbp_jax.kernels.xla.schedule import all_at_once
-from msbp_jax.rules import Passage
 from msbp_jax.training._microbatches import Step, check_microbatches, in_microbatches
 from msbp_jax.training._value_and_grad import check_loss, check_result
 from msbp_jax.transform import Memory, SparseNNXModule

@@ -24,6 +24,7 @@ STAGES = [
     "kernels",
     "sparsifiers",
     "memory",
+    "carriers",
     "rules",
     "transform",
     "training",

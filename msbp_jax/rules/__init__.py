@@ -3,8 +3,6 @@
 from msbp_jax.rules._dims import Contraction as Contraction
 from msbp_jax.rules._dims import Side as Side
 from msbp_jax.rules._dims import contraction as contraction
-from msbp_jax.rules._observe import Observer as Observer
-from msbp_jax.rules._observe import branches_of as branches_of
 from msbp_jax.rules._operation import Dims as Dims
 from msbp_jax.rules._operation import Operation as Operation
 from msbp_jax.rules._operations import CONTRACTIONS as CONTRACTIONS
@@ -14,10 +12,3 @@ from msbp_jax.rules._products import path_of as path_of
 from msbp_jax.rules._rule import Rule as Rule
 from msbp_jax.rules._rule import Site as Site
 from msbp_jax.rules._rule import sparse_contraction as sparse_contraction
-from msbp_jax.rules._way_back import Carriers as Carriers
-from msbp_jax.rules._way_back import Marked as Marked
-from msbp_jax.rules._way_back import Passage as Passage
-from msbp_jax.rules._way_back import is_marked as is_marked
-from msbp_jax.rules._way_back import narrowed as narrowed
-from msbp_jax.rules._way_back import plain as plain
-from msbp_jax.rules._way_back import unwrap as unwrap

@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from msbp_jax import _compat
+from msbp_jax.carriers import Carriers, each_member, given, member_keys
 from msbp_jax.formats import Format
 from msbp_jax.rules._dims import Side
-from msbp_jax.rules._members import each_member, member_keys
 from msbp_jax.rules._norms import norms
 from msbp_jax.rules._operation import Dims, Operands, Operation
 from msbp_jax.rules._products import dense_products, products
-from msbp_jax.rules._way_back import Carriers, given
 from msbp_jax.sparsifiers._base import Sparsifier, State, Weighted
 from msbp_jax.sparsifiers._keys import Kinds, bits_as_keys, keys_as_bits
 from msbp_jax.sparsifiers._weighted import apply_weighted, averages, settled

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from msbp_jax._checks import is_array, is_differentiable
+from msbp_jax.carriers import plain
 from msbp_jax.memory import MemorizedState
-from msbp_jax.rules import plain
 from msbp_jax.transform import Memory, SparseFunction, SparseModule, SparseNNXModule
 
 

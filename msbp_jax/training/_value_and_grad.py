@@ -12,9 +12,9 @@ import numpy as np
 
 from msbp_jax import _compat
 from msbp_jax._checks import check_parameters, is_differentiable
+from msbp_jax.carriers import Observer, Passage, plain
 from msbp_jax.kernels.xla.schedule import all_at_once
 from msbp_jax.memory import check_no_states
-from msbp_jax.rules import Observer, Passage, plain
 from msbp_jax.training._microbatches import Step, check_microbatches, in_microbatches, no_gradient
 from msbp_jax.transform import SparseNNXModule
 

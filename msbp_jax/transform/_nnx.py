@@ -17,7 +17,7 @@ import jax
 from flax import nnx
 
 from msbp_jax import _compat
-from msbp_jax.rules import Marked, is_marked
+from msbp_jax.carriers import Marked, is_marked
 from msbp_jax.sparsifiers._base import State
 from msbp_jax.transform._function import SparseFunction
 from msbp_jax.transform._plan import Plan

@@ -12,8 +12,9 @@ import numpy as np
 
 from msbp_jax import _compat
 from msbp_jax._checks import check_parameters, is_array, path_name
+from msbp_jax.carriers import Carriers, Observer, narrowed, unwrap
 from msbp_jax.memory import check_no_states
-from msbp_jax.rules import Carriers, Observer, Rule, narrowed, unwrap
+from msbp_jax.rules import Rule
 from msbp_jax.rules import Site as SiteState
 from msbp_jax.transform._discover import discover
 from msbp_jax.transform._evaluate import Placed, evaluate

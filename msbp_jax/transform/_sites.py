@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from msbp_jax import _compat
 from msbp_jax._checks import is_array
-from msbp_jax.rules import Dims, Operation, Side, operation_of, plain
+from msbp_jax.carriers import plain
+from msbp_jax.rules import Dims, Operation, Side, operation_of
 from msbp_jax.sparsifiers import Sparsifier
 from msbp_jax.sparsifiers._base import State, serving
 from msbp_jax.sparsifiers._keys import fold_name, split_keys

@@ -135,7 +135,7 @@ def test_a_choice_for_all_rows_of_an_example(make):
             results.append(msbp.value_and_grad(loss)(w, f.init_memory(w, x))[1])
             assert f.report(w, x).sparse[0].rows_per_group == 4
         np.testing.assert_array_equal(*results)
-    assert repr(make(k=5, rows_per_group="example")).startswith(f"{make.__name__}(k=5, rows_per_group=\"example\"")
+    assert repr(make(k=5, rows_per_group="example")).startswith(f'{make.__name__}(k=5, rows_per_group="example"')
     with pytest.raises(
         TypeError, match=r'rows_per_group must be an integer \(.*"example" for all rows .*got \'image\''
     ):
