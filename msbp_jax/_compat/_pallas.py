@@ -1,4 +1,4 @@
-"""Pallas, which takes longer to import than this package does. Only the kernels written in it import this file."""
+"""Pallas, which takes nearly as long to import as this package. Only the kernels written in it import this file."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def _named[T](op: str, implementations: Mapping[str, Callable[..., T]], backend:
 def on_demand(module: str, name: str) -> Callable[..., Any]:
     """Return a function that stands for one of a module, which it imports when it is first called.
 
-    Pallas takes as long to import as everything of ours together, and on a CPU nobody needs it.
+    Pallas takes nearly as long to import as everything of ours together, and on a CPU nobody needs it.
 
     Args:
       module: Full name of the module.
