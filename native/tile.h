@@ -1,5 +1,5 @@
 // A tile: a few input features (T of the m) of a weight, of x or of dw, packed so that one output feature or one row is
-// T contiguous floats. Tiles are what makes the layout of the weight not matter: a weight stored [m, n] is turned round
+// T contiguous floats. Tiles are what makes the layout of the weight not matter: a weight stored [m, n] is transposed
 // while it is packed, block by block in registers, and a dw stored [m, n] while it is unpacked.
 #pragma once
 

@@ -54,7 +54,7 @@ def methods(k: int, decay: float) -> dict[str, msbp.Sparsifier]:
 def train(
     data: Images, sparsifier: msbp.Sparsifier, seeds: int, at_once: int, epochs: int, batch: int, rate: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return test accuracy in percent, `[epochs, seeds]`, and mean training loss, likewise."""
+    """Return test accuracy in percent, `[epochs, seeds]`, and mean training loss, of the same shape."""
     model = msbp.sparse_vjp(MLP(rate=rate), sparsifier)
     tx = optax.adam(1e-3)
     train_x, train_y, test_x, test_y = (jnp.asarray(a) for a in data[1:])

@@ -28,7 +28,7 @@ class Tagging(NamedTuple):
 
 
 def load(folder: pathlib.Path | None, length: int) -> Tagging:
-    """Return the data, cut or filled up to one length.
+    """Return the data, cut or padded to one length.
 
     Args:
       folder: Where `en_ewt-ud-train.conllu` and `en_ewt-ud-test.conllu` lie, gzipped or not; None for made-up ones.

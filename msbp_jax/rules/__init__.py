@@ -1,8 +1,8 @@
 """Custom derivative rules: a plain forward, a sparse backward, and the way state leaves it."""
 
-from msbp_jax.rules._dims import Contraction as Contraction
-from msbp_jax.rules._dims import Side as Side
-from msbp_jax.rules._dims import contraction as contraction
+from msbp_jax.rules._contraction import Contraction as Contraction
+from msbp_jax.rules._contraction import Side as Side
+from msbp_jax.rules._contraction import contraction as contraction
 from msbp_jax.rules._operation import Dims as Dims
 from msbp_jax.rules._operation import Operation as Operation
 from msbp_jax.rules._operations import CONTRACTIONS as CONTRACTIONS

@@ -9,7 +9,7 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float
 
-from msbp_jax.rules._dims import Contraction, DimensionNumbers, Side, contraction
+from msbp_jax.rules._contraction import Contraction, DimensionNumbers, Side, contraction
 from msbp_jax.rules._operation import AsMatrices, Dims, Matrices, Operands, Shape
 
 

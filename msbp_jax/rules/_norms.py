@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from msbp_jax.rules._dims import Side
+from msbp_jax.rules._contraction import Side
 from msbp_jax.rules._operation import Dims, Matrices, Operands, Operation, Shape
 
 

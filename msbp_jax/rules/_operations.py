@@ -7,8 +7,8 @@ from typing import Any
 
 from jax import lax
 
+from msbp_jax.rules._contraction import Side
 from msbp_jax.rules._convolution import Convolution
-from msbp_jax.rules._dims import Side
 from msbp_jax.rules._dot_general import DotGeneral
 from msbp_jax.rules._operation import Operation
 from msbp_jax.rules._ragged_dot import RaggedDot

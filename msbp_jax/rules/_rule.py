@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from msbp_jax import _compat
 from msbp_jax.carriers import Carriers, each_member, given, member_keys
 from msbp_jax.formats import Format
-from msbp_jax.rules._dims import Side
+from msbp_jax.rules._contraction import Side
 from msbp_jax.rules._norms import norms
 from msbp_jax.rules._operation import Dims, Operands, Operation
 from msbp_jax.rules._products import dense_products, products

@@ -55,10 +55,10 @@ def in_microbatches(
       count: How many parts; None for the whole batch at once.
       params: Parameters.
       memory: What the first part sees.
-      carried: Likewise.
+      carried: What the first part sees of anything else that goes from part to part.
       args: Arrays are cut along their leading axis; a PRNG key without axes is split, a legacy one (of the shape and
         dtype of `jax.random.PRNGKey`'s) too; the rest is passed on.
-      kwargs: Likewise.
+      kwargs: Keyword arguments, cut as `args` are.
 
     Of a collection that is overwritten with its "gradient" (Flax's statistics of float8 products) the last part's
     counts, and each part sees what the one before it left.

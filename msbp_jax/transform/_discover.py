@@ -104,7 +104,7 @@ class _At:
     """
 
     place: Place = ()
-    loops: tuple[tuple[_sources.Loop, int], ...] = ()
+    loops: tuple[tuple[_sources.LoopId, int], ...] = ()
     sealed: str = ""
     typed: bool = False
 
@@ -112,7 +112,7 @@ class _At:
         """Return the place of the equation or body of that number."""
         return dataclasses.replace(self, place=(*self.place, number))
 
-    def within(self, *loops: tuple[_sources.Loop, int]) -> _At:
+    def within(self, *loops: tuple[_sources.LoopId, int]) -> _At:
         """Return the same place within further loops."""
         return dataclasses.replace(self, loops=(*self.loops, *loops))
 
@@ -120,7 +120,7 @@ class _At:
         """Return the same place in a body that cannot be given rules."""
         return dataclasses.replace(self, sealed=self.sealed or reason)
 
-    def mesh_axes(self, names: Any) -> tuple[_sources.Loop, ...]:
+    def mesh_axes(self, names: Any) -> tuple[_sources.LoopId, ...]:
         """Return the axes of the devices around that have one of these names (or this name)."""
         wanted = set(names) if isinstance(names, (tuple, list, set, frozenset)) else {names}
         return tuple(loop for loop, _ in self.loops if loop[1] and loop[1] in wanted)
@@ -163,7 +163,7 @@ def _why_not_run(eqn: _compat.JaxprEqn) -> list[str]:
     ]
 
 
-def _loop(loop: _sources.Loop, length: int, weight: Source, both: Source, typed: frozenset[str] | None) -> Loop:
+def _loop(loop: _sources.LoopId, length: int, weight: Source, both: Source, typed: frozenset[str] | None) -> Loop:
     """Return a loop as a contraction sees it; where JAX itself follows what differs between devices, as JAX does."""
     axis, sharded = loop[1], bool(loop[1]) and loop in both.varies
     instances = loop in weight.varies

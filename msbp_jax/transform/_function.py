@@ -71,8 +71,8 @@ class SparseFunction:
 
         Args:
           params: As in a call; ShapeDtypeStructs will do.
-          *args: As in a call, likewise.
-          **kwargs: As in a call, likewise.
+          *args: As in a call; ShapeDtypeStructs will do.
+          **kwargs: As in a call; ShapeDtypeStructs will do.
 
         Returns:
           A dict from site names to the state of their sparsifier: a plain pytree of arrays.
@@ -88,8 +88,8 @@ class SparseFunction:
 
         Args:
           params: As in a call; ShapeDtypeStructs will do.
-          *args: As in a call, likewise.
-          **kwargs: As in a call, likewise.
+          *args: As in a call; ShapeDtypeStructs will do.
+          **kwargs: As in a call; ShapeDtypeStructs will do.
 
         Raises:
           TypeError: A parameter is not a floating array.

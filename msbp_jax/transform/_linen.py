@@ -53,7 +53,7 @@ class SparseModule:
         Args:
           variables: As in `apply`.
           *args: As in the plain module's `bind`.
-          **kwargs: Likewise.
+          **kwargs: As in the plain module's `bind`.
 
         Raises:
           ValueError: The variables are seen to be differentiated: what is bound has the dense backward.
@@ -66,7 +66,7 @@ class SparseModule:
 
         Args:
           parent: As in the plain module's `clone`.
-          **kwargs: Likewise.
+          **kwargs: Fields to replace.
 
         Raises:
           ValueError: The variables of the scope are seen to be differentiated.
@@ -114,8 +114,8 @@ class SparseModule:
 
         Args:
           variables: As in `apply`; ShapeDtypeStructs will do.
-          *args: As in `apply`, likewise.
-          **kwargs: As in `apply`, likewise.
+          *args: As in `apply`; ShapeDtypeStructs will do.
+          **kwargs: As in `apply`; ShapeDtypeStructs will do.
 
         Returns:
           A dict from site names to the state of their sparsifier: a plain pytree of arrays.
@@ -132,8 +132,8 @@ class SparseModule:
 
         Args:
           variables: As in `apply`; ShapeDtypeStructs will do.
-          *args: As in `apply`, likewise.
-          **kwargs: As in `apply`, likewise.
+          *args: As in `apply`; ShapeDtypeStructs will do.
+          **kwargs: As in `apply`; ShapeDtypeStructs will do.
 
         Raises:
           TypeError: A parameter is not a floating array.

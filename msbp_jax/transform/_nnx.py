@@ -69,7 +69,7 @@ class SparseNNXModule(nnx.Module):
 
         Args:
           *args: Arguments of the module.
-          **kwargs: Likewise.
+          **kwargs: Keyword arguments of the module.
 
         Raises:
           ValueError: It is seen to be differentiated before `init_memory` was called, or the memory is of other shapes.
@@ -109,7 +109,7 @@ class SparseNNXModule(nnx.Module):
         Args:
           *args: As in a call; ShapeDtypeStructs will do.
           method: Name of the module's method that is called. It should reach all that is trained.
-          **kwargs: As in a call, likewise.
+          **kwargs: As in a call; ShapeDtypeStructs will do.
 
         Returns:
           What the Variables now hold: a dict from site names to the state of their sparsifier.
@@ -130,7 +130,7 @@ class SparseNNXModule(nnx.Module):
         Args:
           *args: As in a call; ShapeDtypeStructs will do.
           method: Name of the module's method that is called.
-          **kwargs: As in a call, likewise.
+          **kwargs: As in a call; ShapeDtypeStructs will do.
 
         Raises:
           ValueError: There is no contraction with a parameter, or a pattern of the plan matches nothing.

@@ -32,7 +32,7 @@ class SparseRow:
       sparsifier: Name of its sparsifier.
       keeps: What of the gradient is kept, as far as shapes tell.
       k: Features kept; None for a format that does not keep as many for all.
-      rows_per_group: Rows that share a choice; None likewise.
+      rows_per_group: Rows that share a choice; None for a format without groups.
       one_group: Whether all rows share one, `rows_per_group=None`.
       backend: Backend that will run.
       saved: Share of the backward's multiply-adds that is saved.

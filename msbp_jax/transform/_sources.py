@@ -12,7 +12,7 @@ import functools
 from collections.abc import Iterable
 
 # A scan, by its place in the program and ""; or an axis of the devices of a shard_map, by the place and its name.
-type Loop = tuple[tuple[int, ...], str]
+type LoopId = tuple[tuple[int, ...], str]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Source:
 
     parameters: frozenset[int] = frozenset()
     data: bool = False
-    varies: frozenset[Loop] = frozenset()
+    varies: frozenset[LoopId] = frozenset()
     moves: bool = False
 
     @property
@@ -47,11 +47,11 @@ class Source:
             self.moves or other.moves,
         )
 
-    def within(self, *loops: Loop) -> Source:
+    def within(self, *loops: LoopId) -> Source:
         """Return the source of what changes from one iteration of `loops` to the next."""
         return dataclasses.replace(self, varies=self.varies | set(loops))
 
-    def outside(self, *loops: Loop) -> Source:
+    def outside(self, *loops: LoopId) -> Source:
         """Return the source of what leaves `loops`, or is made the same in all their iterations."""
         return dataclasses.replace(self, varies=self.varies - set(loops))
 

@@ -102,3 +102,12 @@ def test_for_several_platforms_and_with_loops():
     assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
     assert not exported.disabled_safety_checks
     assert_close(export.deserialize(exported.serialize()).call(params, memory, X), step(params, memory, X))
+
+
+def test_the_backend_is_said_in_one_place():
+    """`sparse_vjp(backend="xla")` reaches the selection too."""
+    f = msbp.sparse_vjp(lambda w, x: x @ w, msbp.memorized(msbp.top_k(k=6), 0.8), backend="xla")
+    step = jax.jit(msbp.value_and_grad(lambda w, m, x: (f(w, x, memory=m) ** 2).mean()))
+    memory = f.init_memory(W, X)
+    exported = through_a_file(step, *map(abstract, (W, memory, X)))
+    assert_close(exported.call(W, memory, X), step(W, memory, X))
