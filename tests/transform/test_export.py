@@ -74,9 +74,7 @@ def test_memories_of_a_given_batch(reduce):
 @pytest.mark.parametrize("sparsifier", [msbp.top_k(k=6), msbp.memorized(msbp.top_k(k=6), 0.8), TOP()])
 def test_native_kernels_say_what_to_do(sparsifier):
     step, memory = step_of(sparsifier, "native")
-    with pytest.raises(
-        NotImplementedError, match=r'jax\.export cannot .*pass backend="xla" to sparse_vjp, and to top_k'
-    ):
+    with pytest.raises(NotImplementedError, match=r'jax\.export cannot .*pass backend="xla" to sparse_vjp'):
         export.export(step)(*map(abstract, (W, memory, X)))
     step(W, memory, X)  # the refusal is of the export alone
 

@@ -84,7 +84,7 @@ def seconds(path: str, device: Device, layer: Layer) -> float:
             moved = gathered * (2 * _ENTRY + (0 if groups == 1 else 4 * _SUM)) + _ENTRY * m * n
             work = sparse / _XLA_REACHES, arrays + moved + (0 if groups == 1 else 3 * _SUM * m * n), 0.0
         case "gpu":
-            # wᵀ is turned round; gathered rows and the products that make dw pass through the cache.
+            # wᵀ is transposed; gathered rows and the products that make dw pass through the cache.
             tiles = -(-rows_per_group // 128)
             moved = gathered * (tiles + 2) * _ENTRY / _CACHE_SPEED + 2 * _ENTRY * m * n
             work = sparse / _KERNELS_REACH, arrays + moved, 0.0

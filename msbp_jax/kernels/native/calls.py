@@ -118,7 +118,7 @@ def call(
 _NOT_EXPORTED = (
     "jax.export cannot write native kernels into a file, which another machine may not have. Export a program "
     "without them: "
-    'pass backend="xla" to sparse_vjp, and to top_k.'
+    'pass backend="xla" to sparse_vjp.'
 )
 
 

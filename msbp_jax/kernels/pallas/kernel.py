@@ -98,7 +98,7 @@ def _avals(results: Sequence[tuple[tuple[int, ...], Any]]) -> list[jax.ShapeDtyp
 
 
 def _tiled_bytes(shape: Sequence[int], dtype: Any) -> int:
-    """Return the bytes of a block, whose last two axes are filled up to a register's rows and lanes."""
+    """Return the bytes of a block, whose last two axes are padded to a register's rows and lanes."""
     *front, rows, lanes = (1, *shape)
     return math.prod(front) * -(-rows // 8) * 8 * -(-lanes // 128) * 128 * jnp.dtype(dtype).itemsize
 

@@ -14,7 +14,7 @@ def power_of_two(size: int, largest: int) -> int:
 
 
 def padded(array: jax.Array, *sizes: int, mode: str = "constant") -> jax.Array:
-    """Return an array filled up at the end of each axis to multiples of `sizes`; as it is if it fits."""
+    """Return an array padded at the end of each axis to multiples of `sizes`; as it is if it fits."""
     missing = [(0, -size % multiple) for size, multiple in zip(array.shape, sizes, strict=True)]
     return jnp.pad(array, missing, mode=mode) if any(after for _, after in missing) else array
 

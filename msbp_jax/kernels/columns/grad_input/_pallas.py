@@ -1,4 +1,4 @@
-"""What the Pallas backends of `grad_input` share: what they decline, a weight turned round, rows cut off."""
+"""What the Pallas backends of `grad_input` share: what they decline, a weight transposed, rows cut off."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def grad_input(
       platform: "gpu" or "tpu".
       product: `(values[G, r, k], index[G, k], scale[G], w[n, m], precision, dtype) -> dx[G, r, m]`.
       cotangent: As in `msbp_jax.kernels.grad_input`.
-      weight: Likewise.
-      feature_axis: Likewise.
-      precision: Likewise.
-      dtype: Likewise.
+      weight: As in `msbp_jax.kernels.grad_input`.
+      feature_axis: Where the `n` output features stand.
+      precision: As in `lax.dot_general`.
+      dtype: Of the result; None for that of the sums.
     """
     check_product(platform, cotangent, weight, dtype)
     how = matmul_precision(precision)

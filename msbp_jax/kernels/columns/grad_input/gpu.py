@@ -1,6 +1,6 @@
 """`grad_input` on a GPU: one program for each group and tile of dx, whose rows of wᵀ go straight into the product.
 
-The gathered block, which XLA writes to memory and reads again, never exists. A weight stored `[m, n]` is turned round
+The gathered block, which XLA writes to memory and reads again, never exists. A weight stored `[m, n]` is transposed
 first, in one pass, so that the rows which are gathered are contiguous.
 """
 
@@ -45,7 +45,7 @@ def _product(
     kind = common_dtype(values.dtype, w.dtype)
     height, width = power_of_two(r, _ROWS), power_of_two(m, _COLUMNS)
     depth = power_of_two(k, _DEPTH_BYTES // kind.itemsize)
-    # Filled up with zeros that meet a row which the group has anyway.
+    # Padded with zeros that meet a row which the group has anyway.
     values, w = padded(values, 1, height, depth), padded(w, 1, width)
     index = padded(index, 1, depth, mode="edge")
     grid = groups, w.shape[1] // width, values.shape[1] // height

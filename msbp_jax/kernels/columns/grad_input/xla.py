@@ -1,6 +1,6 @@
 """The reference of `grad_input`: gather the kept columns of the weight, then one batched product over the groups.
 
-A weight stored `[m, n]` is gathered along its minor axis and the small block is turned round: transposing the whole
+A weight stored `[m, n]` is gathered along its minor axis and the small block is transposed: transposing the whole
 weight so as to gather rows costs several times more on a CPU.
 """
 

@@ -30,10 +30,10 @@ def grad_weight(
       platform: "gpu" or "tpu".
       product: `(values[G, r, k], index[G, k], scale[G], x[rows, m], n, feature_axis, precision, dtype) -> dw`.
       cotangent: As in `msbp_jax.kernels.grad_weight`.
-      inputs: Likewise.
-      feature_axis: Likewise.
-      precision: Likewise.
-      dtype: Likewise.
+      inputs: As in `msbp_jax.kernels.grad_weight`.
+      feature_axis: Where the `n` output features stand.
+      precision: As in `lax.dot_general`.
+      dtype: Of the result; None for that of the sums.
     """
     check_product(platform, cotangent, inputs, dtype)
     how = matmul_precision(precision)

@@ -86,7 +86,7 @@ def _product(
 
             def add(j: jax.Array, _: None) -> None:
                 row = index_ref[0, 0, j] - low
-                # Rows of another tile go to one behind the last: cheaper than a branch.
+                # Rows of another tile go to one after the last: cheaper than a branch.
                 total_ref[jnp.where((row >= 0) & (row < height), row, height)] += rows_ref[j]
 
             lax.fori_loop(0, depth, add, None, unroll=8)
