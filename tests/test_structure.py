@@ -125,6 +125,7 @@ def test_examples_in_docstrings(name):
     assert attempted == len(re.findall(r"^\s*>>> ", inspect.getsource(module), re.MULTILINE))  # none is passed over
 
 
+@pytest.mark.slow
 def test_readme_code():
     """The blocks of the README run one after the other, as somebody who follows it would."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)

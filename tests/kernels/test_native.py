@@ -334,6 +334,7 @@ def spoil(draw, arrays: list[Array], least: int) -> list[Array]:
     return [*arrays[:place], (shape, dtype), *arrays[place + 1 :]]
 
 
+@pytest.mark.slow
 @native
 @pytest.mark.parametrize("spoiled", ["nothing", "an operand", "a result", "a number", "all"])
 def test_the_handlers_run_what_fits_and_refuse_all_else(spoiled):

@@ -147,6 +147,7 @@ def by_rows(function):
     return jax.shard_map(function, mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [2.0**10, 2.0**-10])
 @pytest.mark.parametrize("name", ["mean", "slot", "local", "in a user's own", "two in a tuple", "with numbers"])
 def test_a_dynamic_scale_scales_every_residual(name, factor):

@@ -93,6 +93,7 @@ def test_masked_twin(name, group, backend):
     assert not np.allclose(grads[0], gradients(function, w, x)[0])  # the mask bites
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_keeping_everything_is_plain_and_memory_is_what_is_left(name):
     spatial, window, how = GEOMETRIES[name]

@@ -156,6 +156,7 @@ def test_the_contract(name):
     check_sparsifier(PLAIN[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrap", "program"), [*itertools.product(WRAPPED, ["product"]), *itertools.product(["plain", "mean"], OTHERS)]
 )

@@ -68,6 +68,7 @@ def test_abstract_init_and_apply(name):
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
 
 
+@pytest.mark.slow
 @every
 def test_in_a_layer_under_remat_equals_without(name):
     layer = lambda w, x: jnp.tanh(x @ w)
@@ -81,6 +82,7 @@ def test_in_a_layer_under_remat_equals_without(name):
     assert_trees_close(*results)
 
 
+@pytest.mark.slow
 @every
 def test_rows_over_eight_devices(name):
     u = random_gradient(4, 16, 96)

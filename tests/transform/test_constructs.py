@@ -146,6 +146,7 @@ def test_keeping_everything_is_plain_jax_bit_for_bit(name, sparsifier):
     assert_trees_equal((loss, grads), plain(params, x))
 
 
+@pytest.mark.slow
 @construct
 def test_decay_0_is_the_sparsifier_itself_bit_for_bit(name):
     params, x = data()
@@ -183,6 +184,7 @@ def test_without_memory_it_is_the_plain_program(name):
     assert_trees_equal(f(params, x), plain(params, x))
 
 
+@pytest.mark.slow
 @construct
 def test_with_memory_the_forward_compiles_to_the_plain_program(name):
     params, x = data()

@@ -172,6 +172,7 @@ def square(model, x, args=(), kwargs=None):
     return (model(x, *args, **(kwargs or {})) ** 2).mean()
 
 
+@pytest.mark.slow
 @case
 @pytest.mark.parametrize("around", [lambda f: f, nnx.jit], ids=["eager", "jit"])
 def test_what_a_call_writes(net, around):
@@ -197,6 +198,7 @@ def test_what_a_step_writes(net, around):
     assert max(jax.tree.leaves(moved)) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "net",
     [RngsArgument, KeywordArgument, OwnRngs, EmaWeight, Spectral, Statistics, OtherModule],

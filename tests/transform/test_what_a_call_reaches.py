@@ -50,6 +50,7 @@ def assert_keeps(after, before):
     assert_trees_equal(jax.tree.map(kept, after), jax.tree.map(kept, before))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [True, False], ids=["jit", "eager"])
 @pytest.mark.parametrize("name", SPARSIFIERS)
 def test_no_rows_give_no_gradient_and_keep_the_memory(name, compiled):
