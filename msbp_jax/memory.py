@@ -30,6 +30,11 @@ class MemorizedState(NamedTuple):
     residual: jax.Array
     inner: State
 
+    @property
+    def metrics(self) -> dict[str, jax.Array]:
+        """The Euclidean norm of the residual, over all instances, for `msbp.metrics` and `msbp.diagnose`."""
+        return {"memory_norm": jnp.sqrt(jnp.square(jnp.asarray(self.residual)).sum())}
+
 
 class ScheduledState(NamedTuple):
     """Inner state of a memorized sparsifier whose decay is a schedule.

@@ -151,10 +151,19 @@ def _products(
     look: dict[str, jax.Array] = {}
     if observed:
         new = settled(state, total, weight) if rule.observe == "sparse" else state
-        numbers = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(new) if averages(leaf)]
-        norm = jnp.sqrt(sum((jnp.sum(leaf**2) for leaf in numbers), jnp.zeros((), jnp.float32)))
+        norm = _memory_norm(new)
         look = {"dw": dlhs if rule.side == "lhs" else drhs, "density": density, "norm": norm}
     return dlhs, drhs, returned, look
+
+
+def _memory_norm(state: State) -> jax.Array:
+    """Return what a state calls the norm of its memory; of one that has no such metric, the norm of its numbers."""
+    tells = lambda node: hasattr(type(node), "metrics")
+    told = [node.metrics for node in jax.tree.leaves(state, is_leaf=tells) if tells(node)]
+    norms = [own["memory_norm"] for own in told if isinstance(own, dict) and "memory_norm" in own]
+    if not norms:
+        norms = [jnp.linalg.norm(leaf.astype(jnp.float32).ravel()) for leaf in jax.tree.leaves(state) if averages(leaf)]
+    return jnp.sqrt(sum((norm.astype(jnp.float32) ** 2 for norm in norms), jnp.zeros((), jnp.float32)))
 
 
 def _returned(state: State, total: State, weight: State, g: jax.Array) -> list[Carriers]:

@@ -25,7 +25,7 @@ class SiteDiagnosis(NamedTuple):
     Attributes:
       cosine: Cosine between the sparse and the true gradient of the site's weight, over all its instances.
       density: Share of the entries of the gradient of the layer's output that were propagated.
-      memory_norm: Euclidean norm of the site's new memory, over all floating leaves.
+      memory_norm: Euclidean norm of the site's new memory; of a state without one, over all its floating leaves.
     """
 
     cosine: jax.Array

@@ -12,7 +12,6 @@ import numpy as np
 
 from msbp_jax._checks import is_array, is_differentiable
 from msbp_jax.carriers import plain
-from msbp_jax.memory import MemorizedState
 from msbp_jax.transform import Memory, SparseFunction, SparseModule, SparseNNXModule
 
 
@@ -79,8 +78,6 @@ def _contributed(node: Any) -> dict[str, jax.Array]:
     if isinstance(node, Memory):
         return _collected(node.get_value())
     found: dict[str, jax.Array] = {}
-    if isinstance(node, MemorizedState):
-        found["memory_norm"] = jnp.sqrt(jnp.square(jnp.asarray(node.residual)).sum())
     if _has_own(node):
         own = node.metrics() if callable(node.metrics) else node.metrics
         if not isinstance(own, Mapping):

@@ -157,3 +157,14 @@ def test_only_known_norms_can_be_wanted():
     f = msbp.sparse_vjp(product, seeing("loss"))
     with pytest.raises(ValueError, match=r"A sparsifier may want input_norms and weight_norms, got 'loss'"):
         f.init_memory(W, X)
+
+
+def test_a_diagnosis_takes_the_step_of_a_schedule_for_no_memory():
+    f = msbp.sparse_vjp(product, msbp.memorized(TOP, lambda step: 0.5))
+    loss = lambda w, m, x: (f(w, x, memory=m) ** 2).mean()
+    memory = f.init_memory(W, X)
+    for _ in range(3):
+        _, _, after = msbp.value_and_grad(loss)(W, memory, X)
+        norm = msbp.diagnose(loss)(W, memory, X).sites["params"].memory_norm
+        np.testing.assert_allclose(norm, msbp.metrics(after)["params/memory_norm"], rtol=1e-5)
+        memory = after
