@@ -11,7 +11,7 @@ from jax import lax
 from twins import assert_trees_close, assert_trees_equal, masked
 
 import msbp_jax as msbp
-from benchmarks import convolutions
+from benchmarks.suite import convolutions
 
 N, K = 12, 3
 
