@@ -1,4 +1,4 @@
-"""Sparse backpropagation for JAX that loses nothing of what it drops.
+"""Sparse backpropagation for JAX and Flax, which can remember what it leaves out.
 
 In the order of the data's path: wrap a model, choose what its backward propagates, train.
 """
