@@ -112,9 +112,14 @@ class Format(abc.ABC):
         raise NotImplementedError(f"{type(self).__name__} does not say that rows share columns (to {dtype})")
 
     @property
+    def brings_products(self) -> bool:
+        """Whether it has products of its own: `grad_input` and `grad_weight` are overridden."""
+        return type(self).grad_input is not Format.grad_input
+
+    @property
     def has_products(self) -> bool:
         """Whether it, or `msbp_jax.kernels`, has products of it; else the matrix is used, which saves nothing."""
-        return type(self).grad_input is not Format.grad_input
+        return self.brings_products
 
     def grad_input(self, weight: Float[Array, ...], feature_axis: int, **how: Any) -> Float[Array, "rows m"]:
         """Return `dx = p wᵀ`, for a format with products of its own.

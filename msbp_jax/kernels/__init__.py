@@ -117,7 +117,7 @@ def grad_input(
       TypeError: A value of the wrong type or dtype.
       ValueError: A value of the wrong rank or size, or an unknown backend.
     """
-    if _brings_products(cotangent):
+    if isinstance(cotangent, Format) and cotangent.brings_products:
         return cotangent.grad_input(weight, feature_axis, precision=precision, dtype=dtype, backend=backend)
     columns = checked_columns(cotangent)
     check_weight(columns, weight, feature_axis)
@@ -152,17 +152,13 @@ def grad_weight(
       TypeError: A value of the wrong type or dtype.
       ValueError: A value of the wrong rank or size, or an unknown backend.
     """
-    if _brings_products(cotangent):
+    if isinstance(cotangent, Format) and cotangent.brings_products:
         return cotangent.grad_weight(inputs, feature_axis, precision=precision, dtype=dtype, backend=backend)
     columns = checked_columns(cotangent)
     check_inputs(columns, inputs, feature_axis)
     order = products_order(layer_of(columns, inputs.shape[1]))
     arguments = columns, inputs, feature_axis, precision, dtype
     return dispatch.run("grad_weight", OPS["grad_weight"], backend, *arguments, order=order)
-
-
-def _brings_products(cotangent: Any) -> bool:
-    return isinstance(cotangent, Format) and type(cotangent).grad_input is not Format.grad_input
 
 
 def backends() -> dict[str, tuple[str, ...]]:

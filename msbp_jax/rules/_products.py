@@ -8,7 +8,8 @@
 | dense | | |
 
 The first whose line holds is taken; rule and report read the same table. A backend that is asked for by name runs
-wherever there are matrices, "dense" nowhere else than on the last path.
+wherever there are matrices; "dense" is one of the kernels' where the operation is a product of matrices itself, and
+else the last path.
 """
 
 from __future__ import annotations
@@ -43,13 +44,11 @@ def path_of(p: Format, operation: Operation, lhs: Shape, rhs: Shape, backend: st
       rhs: Shape of the right operand.
       backend: Backend that is asked for; None to choose.
     """
-    if backend == "dense":
-        return Path.DENSE
     matrices = operation.matrices_by(lhs, rhs, backend)
     table = {
-        Path.ROWS: matrices is Matrices.DIRECTLY and p.has_products,
+        Path.ROWS: matrices is Matrices.DIRECTLY and p.has_products and not (backend == "dense" and p.brings_products),
         Path.NARROW: operation.narrows and p.columns_are_shared and backend in (None, "xla"),
-        Path.PATCHES: matrices is Matrices.BY_PATCHES and p.has_products,
+        Path.PATCHES: matrices is Matrices.BY_PATCHES and p.has_products and backend != "dense",
         Path.DENSE: True,
     }
     return next(path for path, holds in table.items() if holds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from msbp_jax import _checks
 from msbp_jax.sparsifiers import Sparsifier
@@ -49,23 +49,34 @@ class Plan:
         """
         known = list(names)
         patterns = [pattern for pattern, _ in self.entries]
-        unused = [p for p in patterns if p != EVERYTHING and not any(_matches(p, name) for name in known)]
-        if not unused:
-            for number, pattern in enumerate(patterns):
-                matched = [name for name in known if _matches(pattern, name)]
-                before = [next((p for p in patterns[:number] if _matches(p, name)), None) for name in matched]
-                if matched and pattern != EVERYTHING and None not in before:
-                    raise ValueError(
-                        f"The pattern {pattern!r} of the plan can never apply: the first match wins, and "
-                        f"{', '.join(sorted({repr(p) for p in before}))} stands before it and matches "
-                        f"{', '.join(matched)}. Put the specific patterns first."
-                    )
-        if unused:
-            sites = ", ".join(known) or "none"
-            raise ValueError(
-                f"The plan has patterns that match no contraction: {', '.join(map(repr, unused))}. "
-                f"The contractions of this program are: {sites}. Mend the pattern, or take it out."
-            )
+        _check_matched(patterns, known, "contraction")
+        for number, pattern in enumerate(patterns):
+            matched = [name for name in known if _matches(pattern, name)]
+            before = [next((p for p in patterns[:number] if _matches(p, name)), None) for name in matched]
+            if matched and pattern != EVERYTHING and None not in before:
+                raise ValueError(
+                    f"The pattern {pattern!r} of the plan can never apply: the first match wins, and "
+                    f"{', '.join(sorted({repr(p) for p in before}))} stands before it and matches "
+                    f"{', '.join(matched)}. Put the specific patterns first."
+                )
+
+    def check_known(self, names: Iterable[str]) -> None:
+        """Raise if a pattern over parameters matches none of the names of contractions and parameters.
+
+        Raises:
+          ValueError: It names the patterns, and the names that there are.
+        """
+        of_parameters = [pattern for pattern, _ in self.entries if not pattern.startswith("@")]
+        _check_matched(of_parameters, list(dict.fromkeys(names)), "contraction or parameter")
+
+
+def _check_matched(patterns: Sequence[str], known: Sequence[str], what: str) -> None:
+    unused = [p for p in patterns if p != EVERYTHING and not any(_matches(p, name) for name in known)]
+    if unused:
+        raise ValueError(
+            f"The plan has patterns that match no {what}: {', '.join(map(repr, unused))}. "
+            f"The {what}s of this program are: {', '.join(known) or 'none'}. Mend the pattern, or take it out."
+        )
 
 
 def make_plan(plan: Sparsifier | Mapping[str, Sparsifier], min_features: int) -> Plan:

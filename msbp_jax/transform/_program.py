@@ -59,13 +59,22 @@ class Program:
           ValueError: A pattern of the plan matches nothing, or can never apply.
         """
         self.check_plan()
-        if not self.sparse_sites and not all(site.dense_by_choice for site in self.sites if site.found.side):
-            reasons = "; ".join(f"{site.name}: {site.reason}" for site in self.sites)
-            warnings.warn(f"Nothing is sparse under this plan. {reasons}.", stacklevel=4)
-        return init_memory(self.sites, self.label)
+        return self._start()
 
     def empty_memory(self) -> dict[str, Any]:
-        """Return the memory of sites none of which has a state."""
+        """Return the memory of sites none of which has a state, for a call for which nobody made one.
+
+        Raises:
+          ValueError: A pattern of the plan matches no contraction and no parameter. One that matches a parameter may
+            be for another method of the model.
+        """
+        self.plan.check_known([*(site.name for site in self.sites), *(path for path, _ in self.parameters)])
+        return self._start()
+
+    def _start(self) -> dict[str, Any]:
+        if not self.sparse_sites and not all(site.dense_by_choice for site in self.sites if site.found.side):
+            reasons = "; ".join(f"{site.name}: {site.reason}" for site in self.sites)
+            warnings.warn(f"Nothing is sparse under this plan. {reasons}.", stacklevel=5)
         return init_memory(self.sites, self.label)
 
     def check_plan(self) -> None:

@@ -154,25 +154,25 @@ def _fastest(site: Site, p: Format) -> str:
 
 def _warning(site: Site, p: Format, paths: list[Path], backend: str | None) -> str:
     layer = _layer(site, p)
-    if Path.DENSE in paths and p.kept_share() is not None:
-        if site.found.primitive == "conv_general_dilated" and backend is None and not _is_grouped(site):
-            return (
-                "it is slower than the dense backward (by the selection): its products run whole, on the sparse "
-                "gradient, as products on patches are not measured to be faster for a convolution of this kind here. "
-                "rows_per_group=None makes it smaller convolutions; msbp.dense() leaves it out."
-            )
+    # A part that keeps everything is dense because it was asked to be.
+    whole = [q for q, path in zip(p.parts, paths, strict=True) if path is Path.DENSE and q.kept_share() != 1]
+    if not whole:
+        return warning(layer, backend) if layer is not None and paths == [Path.ROWS, Path.ROWS] else ""
+    slower = (
+        "its products run whole, on the sparse gradient, which is slower than the dense backward (by the selection): "
+    )
+    if not all(q.has_products or q.columns_are_shared for q in whole):
+        return f"{slower}{type(whole[0]).__name__} has no products of its own."
+    if backend == "dense":
+        return f'{slower}backend="dense" asks for it.'
+    assert site.operation is not None
+    if site.found.primitive == "conv_general_dilated" and backend is None and site.operation.narrows:
         return (
-            "its products run whole, on the sparse gradient, which is slower than the dense backward (by the "
-            "selection): a grouped contraction gains nothing from groups of rows. msbp.dense() leaves it out."
+            "it is slower than the dense backward (by the selection): its products run whole, on the sparse "
+            "gradient, as products on patches are not measured to be faster for a convolution of this kind here. "
+            "rows_per_group=None makes it smaller convolutions; msbp.dense() leaves it out."
         )
-    if layer is None or paths != [Path.ROWS, Path.ROWS]:
-        return ""
-    return warning(layer, backend)
-
-
-def _is_grouped(site: Site) -> bool:
-    counts = site.found.params["feature_group_count"], site.found.params["batch_group_count"]
-    return max(counts) > 1
+    return f"{slower}a grouped contraction gains nothing from groups of rows. msbp.dense() leaves it out."
 
 
 def _layer(site: Site, p: Format) -> Layer | None:

@@ -199,6 +199,8 @@ def test_report_and_diagnosis():
     assert rows["c"].backend == "dx xla, dense; dw its own"
     np.testing.assert_allclose(rows["c"].saved, (1 - 2 / 12) / 2)
     assert "3 of 12 rows" in str(report)
+    assert rows["b"].warning.endswith("(by the selection): Signs has no products of its own.")
+    assert rows["a"].warning == rows["c"].warning == ""  # a part that is dense was asked to be
     loss = lambda p, m, x: (f(p, x, memory=m) ** 2).mean()
     sites = msbp.diagnose(loss)(params, f.init_memory(params, X), X).sites
     np.testing.assert_allclose(sites["a"].density, 0.25)

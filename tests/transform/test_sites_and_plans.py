@@ -196,3 +196,14 @@ def test_the_report_warns_where_sparse_is_slower():
     assert "probably slower than the dense one" in row.warning
     assert "its products run dense, on the sparse gradient" in row.warning
     assert f"params: {row.warning}" in " ".join(str(report).split())  # it is broken into lines there
+
+
+def test_a_backend_that_is_dense_is_one_of_the_kernels():
+    params = {"w": jnp.ones((8, 64)), "c": jnp.ones((3, 8, 64))}
+    conv = lambda x, w: lax.conv_general_dilated(x[None], w, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
+    f = msbp.sparse_vjp(lambda p, x: x @ p["w"] + conv(x, p["c"])[0], msbp.top_k(k=4), backend="dense")
+    rows = {row.name: row for row in f.report(params, X).sparse}
+    assert rows["w"].backend == "dense"
+    assert "grouped" not in rows["w"].warning
+    assert rows["c"].backend == "xla, dense"
+    assert rows["c"].warning.endswith('backend="dense" asks for it.')

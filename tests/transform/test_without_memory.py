@@ -146,3 +146,25 @@ def test_one_choice_reads_alike_everywhere():
     report = msbp.sparse_vjp(product, whole).report(W, X)
     assert report.sparse[0].one_group
     assert "None" in str(report)
+
+
+def test_a_pattern_that_names_nothing_is_not_silently_dense():
+    f = msbp.sparse_vjp(lambda p, x: x @ p["w"] if x.ndim == 2 else x @ p["other"], {"wrong": TOP})
+    params = {"w": W, "other": W}
+    with pytest.raises(ValueError, match=r"match no contraction or parameter: 'wrong'.*parameters .* are: w, other"):
+        jax.grad(lambda p: f(p, X).sum())(params)
+    model = msbp.sparse_vjp(nnx.Linear(8, 64, rngs=nnx.Rngs(0)), {"wrong": TOP})
+    with pytest.raises(ValueError, match=r"match no contraction or parameter: 'wrong'"):
+        model(X)
+    # What another call of the model reaches, or an earlier pattern has, is not wrong.
+    f = msbp.sparse_vjp(f.function, {"other": TOP, "@dot_general_7": TOP})
+    assert_trees_equal(f(params, X), X @ W)
+
+
+def test_a_call_in_which_nothing_is_sparse_says_so():
+    f = msbp.sparse_vjp(product, TOP, min_features=100)
+    with pytest.warns(
+        UserWarning, match=r"Nothing is sparse under this plan\. params: 64 features, fewer than min_feat"
+    ):
+        f(W, X)
+    assert_trees_equal(msbp.sparse_vjp(product, msbp.top_k(k=64))(W, X), product(W, X))
