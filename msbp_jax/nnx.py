@@ -165,7 +165,7 @@ def metrics(model: Any) -> dict[str, jax.Array]:
       >>> {name: float(value) for name, value in msbp.nnx.metrics(model).items()}
       {'kernel/memory_norm': 0.0}
     """
-    if not any(map(_is_module, jax.tree.leaves(model, is_leaf=_is_module))):
+    if not _holds_a_module(model):
         raise TypeError(
             f"msbp.nnx.metrics takes an NNX model that holds its memory, got {type(model).__name__}. For a memory or a "
             "state of nnx.state or nnx.split, there is msbp.metrics(memory)."
@@ -180,7 +180,7 @@ def metrics(model: Any) -> dict[str, jax.Array]:
 
 def _opened(model: Any, wrt: Any) -> list[tuple[SparseNNXModule, dict[str, Passage]]]:
     """Give every wrapped model its carriers."""
-    if not any(map(_is_module, jax.tree.leaves(model, is_leaf=_is_module))):
+    if not _holds_a_module(model):
         raise TypeError(
             f"The first argument of loss_fn must be an NNX model, or hold one, got {type(model).__name__}. For "
             "Linen modules and functions there is msbp.value_and_grad(loss_fn)(params, memory, ...)."
@@ -241,6 +241,10 @@ def _apart(grads: Any) -> tuple[Any, Any]:
 
 def _is_module(node: Any) -> bool:
     return isinstance(node, nnx.Pytree)
+
+
+def _holds_a_module(tree: Any) -> bool:
+    return any(map(_is_module, jax.tree.leaves(tree, is_leaf=_is_module)))
 
 
 def _first_parameter(loss_fn: Callable[..., Any], kwargs: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +11,8 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 # The tracers of forward-mode and reverse-mode differentiation. Only the first is exported, so both go by name.
 _DIFFERENTIATION_TRACERS = frozenset({"JVPTracer", "LinearizeTracer"})
+# Those that stand for a value of the program below, and not for a variable of a program.
+_TRANSFORMATIONS = _DIFFERENTIATION_TRACERS | {"BatchTracer"}
 
 
 def define_vjp_with_logs(function: Any, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
@@ -45,13 +47,7 @@ def split_branch_log(log: Any) -> tuple[Any, list[Any]] | None:
 
 def under_differentiation(leaf: Any) -> bool:
     """Whether `leaf` is, as far as can be seen from here, being differentiated (an enclosing jit hides it)."""
-    for _ in range(16):  # as deep as transformations are ever nested
-        if not isinstance(leaf, Tracer):
-            return False
-        if type(leaf).__name__ in _DIFFERENTIATION_TRACERS:
-            return True
-        leaf = getattr(leaf, "val", None)  # look through vmap
-    return False
+    return any(type(tracer).__name__ in _DIFFERENTIATION_TRACERS for tracer in _tracers(leaf))
 
 
 def is_made_here(leaf: Any) -> bool:
@@ -60,12 +56,13 @@ def is_made_here(leaf: Any) -> bool:
 
 
 def _program_of(leaf: Any) -> Any:
-    """Return the trace that a leaf belongs to, below differentiations and `vmap`s; None for a concrete array."""
+    """Return the trace of the program that a leaf belongs to; None if it belongs to none."""
+    innermost = next(reversed(list(_tracers(leaf))), None)
+    return getattr(innermost, "_trace", None) if type(innermost).__name__ not in _TRANSFORMATIONS else None
+
+
+def _tracers(leaf: Any) -> Iterator[Any]:
+    """Yield a leaf's tracers from the outermost on, through differentiation and `vmap`."""
     while isinstance(leaf, Tracer):
-        if type(leaf).__name__ in _DIFFERENTIATION_TRACERS:
-            leaf = leaf.primal
-        elif type(leaf).__name__ == "BatchTracer":
-            leaf = leaf.val
-        else:
-            return leaf._trace
-    return None
+        yield leaf
+        leaf = leaf.primal if type(leaf).__name__ in _DIFFERENTIATION_TRACERS else getattr(leaf, "val", None)

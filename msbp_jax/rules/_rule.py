@@ -23,6 +23,7 @@ from msbp_jax.rules._operation import Dims, Operands, Operation
 from msbp_jax.rules._products import dense_products, products
 from msbp_jax.sparsifiers._base import Sparsifier, State, Weighted
 from msbp_jax.sparsifiers._keys import Kinds, bits_as_keys, keys_as_bits
+from msbp_jax.sparsifiers._metrics import metrics_of
 from msbp_jax.sparsifiers._weighted import apply_weighted, averages, settled
 
 
@@ -158,11 +159,9 @@ def _products(
 
 def _memory_norm(state: State) -> jax.Array:
     """Return what a state calls the norm of its memory; of one that has no such metric, the norm of its numbers."""
-    tells = lambda node: hasattr(type(node), "metrics")
-    told = [node.metrics for node in jax.tree.leaves(state, is_leaf=tells) if tells(node)]
-    norms = [own["memory_norm"] for own in told if isinstance(own, dict) and "memory_norm" in own]
-    if not norms:
-        norms = [jnp.linalg.norm(leaf.astype(jnp.float32).ravel()) for leaf in jax.tree.leaves(state) if averages(leaf)]
+    told = metrics_of(state)
+    norms = [norm for name, norm in told.items() if name.split("/")[-1].split("#")[0] == "memory_norm"]
+    norms = norms or [jnp.linalg.norm(leaf.ravel()) for leaf in jax.tree.leaves(state) if averages(leaf)]
     return jnp.sqrt(sum((norm.astype(jnp.float32) ** 2 for norm in norms), jnp.zeros((), jnp.float32)))
 
 

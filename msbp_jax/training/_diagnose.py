@@ -15,7 +15,7 @@ from rich.table import Table
 from msbp_jax import _compat
 from msbp_jax.carriers import Observer, branches_of
 from msbp_jax.formats import accumulation_dtype
-from msbp_jax.training._metrics import unique_name
+from msbp_jax.sparsifiers._metrics import unique_name
 from msbp_jax.training._value_and_grad import differentiate
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from msbp_jax._checks import is_array, is_differentiable
 from msbp_jax.carriers import plain
+from msbp_jax.sparsifiers._metrics import is_named_tuple, metrics_of, tells, unique_name
 from msbp_jax.transform import Memory, SparseFunction, SparseModule, SparseNNXModule
 
 
@@ -52,12 +49,6 @@ def metrics(memory: Any) -> dict[str, jax.Array]:
     return _collected(tree)
 
 
-def unique_name(name: str, taken: Container[str]) -> str:
-    """Return a name that is not taken: itself, or with "#2", "#3" and so on behind it."""
-    numbered = (f"{name}#{number}" for number in itertools.count(2))
-    return name if name not in taken else next(other for other in numbered if other not in taken)
-
-
 def _collected(tree: Any) -> dict[str, jax.Array]:
     """Return what the outermost states with something to tell contribute, by their paths."""
     found: dict[str, jax.Array] = {}
@@ -69,49 +60,14 @@ def _collected(tree: Any) -> dict[str, jax.Array]:
         if site:  # paths differ, their names need not: {"a/b": {"c": ...}, "a": {"b/c": ...}}
             site = unique_name(site, sites)
             sites.add(site)
-        for name, value in _contributed(node).items():
+        for name, value in metrics_of(node.get_value() if isinstance(node, Memory) else node).items():
             found[unique_name(f"{site}/{name}" if site else name, found)] = value
     return found
 
 
-def _contributed(node: Any) -> dict[str, jax.Array]:
-    if isinstance(node, Memory):
-        return _collected(node.get_value())
-    found: dict[str, jax.Array] = {}
-    if _has_own(node):
-        own = node.metrics() if callable(node.metrics) else node.metrics
-        if not isinstance(own, Mapping):
-            raise TypeError(f"{type(node).__name__}.metrics must give a dict of scalars by name, got {own!r}.")
-        found |= {str(name): _scalar(type(node).__name__, name, value) for name, value in own.items()}
-    if "inner" in node._fields:
-        for name, value in _collected(node.inner).items():
-            found[unique_name(name, found)] = value
-    return found
-
-
-def _scalar(state: str, name: object, value: Any) -> jax.Array:
-    known = is_array(value) or isinstance(value, np.generic | float | int)
-    if known and jnp.shape(value) == () and not jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
-        return jnp.asarray(value)
-    got = f"shape {jnp.shape(value)} and dtype {jnp.result_type(value)}" if known else repr(value)
-    raise TypeError(
-        f"{state}.metrics[{name!r}] must be a real scalar, got {got}. Reduce it over all axes of the state's arrays: "
-        "where layers are stacked they have further leading ones."
-    )
-
-
 def _tells(node: Any) -> bool:
-    """Whether a node is a state with metrics or with another inside, or the Variable that holds a site's."""
-    return isinstance(node, Memory) or (_is_named_tuple(node) and ("inner" in node._fields or _has_own(node)))
-
-
-def _has_own(node: Any) -> bool:
-    """Whether a state has metrics; a *field* of that name is data of somebody's own, such as the carry of a loop."""
-    return hasattr(type(node), "metrics") and "metrics" not in node._fields
-
-
-def _is_named_tuple(node: Any) -> bool:
-    return isinstance(node, tuple) and hasattr(node, "_fields")
+    """Whether a node is a state with something to tell, or the Variable that holds a site's."""
+    return isinstance(node, Memory) or tells(node)
 
 
 def _site(path: tuple[Any, ...], node: Any) -> str:
@@ -128,7 +84,7 @@ def _check_holds_states(tree: Any) -> None:
     Raises:
       TypeError: There are leaves, and none belongs to a state.
     """
-    is_node = lambda node: _tells(node) or _is_named_tuple(node) or isinstance(node, SparseNNXModule)
+    is_node = lambda node: _tells(node) or is_named_tuple(node) or isinstance(node, SparseNNXModule)
     nodes = jax.tree.leaves(tree, is_leaf=is_node)
     expected = (
         "msbp.metrics takes a memory, as init_memory and value_and_grad return it, or a pytree of several, got "

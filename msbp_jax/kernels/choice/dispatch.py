@@ -10,6 +10,8 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from msbp_jax.kernels.native import calls as native_calls
+
 
 def run[T](
     op: str,
@@ -49,7 +51,20 @@ def _named[T](op: str, implementations: Mapping[str, Callable[..., T]], backend:
     return implementations[backend]
 
 
-def on_demand(module: str, name: str) -> Callable[..., Any]:
+def registry(package: str, op: str, native: Callable[..., Any], **others: Callable[..., Any]) -> dict[str, Any]:
+    """Return the backends of an op by name: native code if it was built, accelerators' on demand, then the others.
+
+    Args:
+      package: Full name of the op's folder, with the accelerators' files `gpu` and `tpu`.
+      op: Its name, which its function has in each of them.
+      native: The native backend.
+      **others: Those that run everywhere; the reference comes last.
+    """
+    own = {"native": native} if native_calls.available() else {}
+    return own | {platform: _on_demand(f"{package}.{platform}", op) for platform in ("gpu", "tpu")} | others
+
+
+def _on_demand(module: str, name: str) -> Callable[..., Any]:
     """Return a function that stands for one of a module, which it imports when it is first called.
 
     Pallas takes nearly as long to import as everything of ours together, and on a CPU nobody needs it.

@@ -1,4 +1,4 @@
 """What every Pallas kernel needs, on a TPU and on a GPU.
 
-Nothing imports this folder, or Pallas, before a backend of it runs: see `choice.dispatch.on_demand`.
+Nothing imports this folder, or Pallas, before a backend of it runs: see `choice.dispatch.registry`.
 """
