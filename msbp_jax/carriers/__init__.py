@@ -10,5 +10,10 @@ from msbp_jax.carriers._members import each_member as each_member
 from msbp_jax.carriers._members import member_keys as member_keys
 from msbp_jax.carriers._observe import Observer as Observer
 from msbp_jax.carriers._observe import branches_of as branches_of
+from msbp_jax.carriers._overwriting import OVERWRITE_WITH_GRADIENT as OVERWRITE_WITH_GRADIENT
+from msbp_jax.carriers._overwriting import Carried as Carried
+from msbp_jax.carriers._overwriting import opened as opened
+from msbp_jax.carriers._overwriting import with_memory as with_memory
+from msbp_jax.carriers._overwriting import without_memory as without_memory
 from msbp_jax.carriers._passage import Passage as Passage
 from msbp_jax.carriers._passage import unwrap as unwrap

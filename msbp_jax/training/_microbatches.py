@@ -11,6 +11,7 @@ import numpy as np
 
 from msbp_jax import _compat
 from msbp_jax._checks import is_array, is_differentiable, path_name, positive_int
+from msbp_jax.carriers import OVERWRITE_WITH_GRADIENT
 from msbp_jax.formats import accumulation_dtype
 
 
@@ -93,10 +94,6 @@ def in_microbatches(
     means = iter([(t / count).astype(leaf.dtype) for t, leaf in zip(total, numbers, strict=True)])
     grads = jax.tree.unflatten(shape, [next(means) if is_differentiable(leaf) else no_gradient(leaf) for leaf in every])
     return Step(values.mean(axis=0), aux, _together(grads, overwritten), memory, carried)
-
-
-# The name that Flax has for it; its TrainState knows it too.
-OVERWRITE_WITH_GRADIENT = "_overwrite_with_gradient"
 
 
 def _apart(params: Any) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from msbp_jax import _compat
+from msbp_jax.carriers import Carried, opened, with_memory, without_memory
 from msbp_jax.sparsifiers._base import State
 from msbp_jax.transform._plan import Plan
 from msbp_jax.transform._program import Program, trace
@@ -43,7 +44,8 @@ class SparseFunction:
         """Return `f(params, *args, **kwargs)`; with `memory=`, its derivative is the sparse one.
 
         Args:
-          params: A pytree of arrays: what is differentiated. Arrays without fractions are constants.
+          params: A pytree of arrays: what is differentiated. Arrays without fractions are constants. Or what
+            `with_memory` returned, which has the memory in it.
           *args: Anything else. Arrays are data, other leaves (flags) are passed as they are.
           **kwargs: As `*args`; and `memory`, what `init_memory` or the last step returned. Without it the call is the
             plain function, for evaluation, unless no sparsifier of the plan has a state: then there is nothing to
@@ -52,9 +54,17 @@ class SparseFunction:
         Raises:
           TypeError: A parameter is not a floating array, or `memory` not a mapping.
           ValueError: `memory` is missing where the call is seen to be differentiated, or of another model, plan or
-            batch; there are no parameters.
+            batch, or given twice; there are no parameters.
         """
         memory = kwargs.pop(self._memory_name, None)
+        params, carried = _without_memory(params)
+        if carried is not None:
+            if memory is not None:
+                raise given_twice(self._name(), self._memory_name)
+            memory = carried
+        if isinstance(memory, Carried):
+            program = self._program(params, args, kwargs, memory.tree)
+            return program.run(opened(memory, program.start()))
         if memory is not None or not self._plan.has_state:
             program = self._program(params, args, kwargs, memory)
             return program.run(program.empty_memory() if memory is None else memory)
@@ -81,7 +91,26 @@ class SparseFunction:
           TypeError: A parameter is not a floating array.
           ValueError: There are no parameters, no contraction with one, or a pattern of the plan matches nothing.
         """
+        params, _ = _without_memory(params)
         return self._program(params, args, kwargs).init_memory()
+
+    def with_memory(self, params: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return parameters and a memory at its start as one pytree, the gradient of which has the new memory.
+
+        A call takes it in place of the parameters, and needs no `memory=`. It is differentiated as a whole, by
+        `jax.grad` or anything else. Of the collection `"_overwrite_with_gradient"`, where the memory stands, the
+        gradient is the next value: Flax's `TrainState` overwrites it, and its optimizer does not see it.
+
+        Args:
+          params: As in a call.
+          *args: As in a call; ShapeDtypeStructs will do.
+          **kwargs: As in a call; ShapeDtypeStructs will do.
+
+        Raises:
+          TypeError: A parameter is not a floating array.
+          ValueError: There are no parameters, no contraction with one, or a pattern of the plan matches nothing.
+        """
+        return with_memory(params, {}, self.init_memory(params, *args, **kwargs))
 
     def report(self, params: Any, *args: Any, **kwargs: Any) -> Report:
         """Return what is sparse and what stays dense, and why; `print` it.
@@ -95,6 +124,7 @@ class SparseFunction:
           TypeError: A parameter is not a floating array.
           ValueError: There are no parameters, no contraction with one, or a pattern of the plan matches nothing.
         """
+        params, _ = _without_memory(params)
         program = self._program(params, args, kwargs)
         program.check_plan()
         return make_report(program.sites, self._backend)
@@ -113,3 +143,16 @@ class SparseFunction:
 
     def _name(self) -> str:
         return getattr(self.function, "__name__", type(self.function).__name__)
+
+
+def _without_memory(params: Any) -> tuple[Any, Carried | None]:
+    rest, carried = without_memory(params)
+    return (rest["params"] if carried is not None else params), carried
+
+
+def given_twice(name: str, memory_name: str) -> ValueError:
+    """Return the error of a call that gets two memories."""
+    return ValueError(
+        f"{name} is given two memories, one by {memory_name}= and one among its parameters (with_memory). Leave one "
+        "of them out."
+    )

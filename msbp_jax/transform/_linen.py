@@ -10,8 +10,9 @@ import jax
 from flax.core.scope import Scope
 
 from msbp_jax import _compat
+from msbp_jax.carriers import OVERWRITE_WITH_GRADIENT, Carried, with_memory, without_memory
 from msbp_jax.sparsifiers._base import State
-from msbp_jax.transform._function import SparseFunction
+from msbp_jax.transform._function import SparseFunction, given_twice
 from msbp_jax.transform._plan import Plan
 from msbp_jax.transform._report import Report
 
@@ -59,7 +60,8 @@ class SparseModule:
           ValueError: The variables are seen to be differentiated: what is bound has the dense backward.
         """
         self._check_not_differentiated(variables)
-        return self.module.bind(variables, *args, **kwargs)
+        params, others, _ = _split(variables)
+        return self.module.bind({"params": params, **others}, *args, **kwargs)
 
     def clone(self, *, parent: Any = None, **kwargs: Any) -> Any:
         """Return a wrapped copy of the module with other fields; within a scope (`nn.apply`), a plain one of its own.
@@ -81,7 +83,8 @@ class SparseModule:
         """Return what the plain module's `apply` returns; with `memory=`, its derivative is the sparse one.
 
         Args:
-          variables: The module's variables; the collection "params" is what is differentiated.
+          variables: The module's variables; the collection "params" is what is differentiated. With what
+            `with_memory` returned among them, or as their "params", the memory is there, and `memory=` is not needed.
           *args: Arguments of the module.
           **kwargs: Further arguments, `rngs`, `mutable`, `method` and `capture_intermediates` included; and `memory`,
             what `init_memory` or the last step returned. Without it the call is the plain module's, for evaluation,
@@ -91,10 +94,14 @@ class SparseModule:
         Raises:
           TypeError: A parameter is not an array, or `memory` not a mapping.
           ValueError: `memory` is missing where the call is seen to be differentiated, or of another model, plan or
-            batch; `variables` have no parameters.
+            batch, or given twice; `variables` have no parameters.
         """
-        params, others = _split(variables)
+        params, others, carried = _split(variables)
         memory = {name: kwargs.pop(name) for name in (self._memory_name,) if name in kwargs}
+        if carried is not None:
+            if memory.get(self._memory_name) is not None:
+                raise given_twice(type(self.module).__name__, self._memory_name)
+            memory = {self._memory_name: carried}
         return self._function(kwargs)(params, others, args, _traced(kwargs), **memory)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,8 +131,33 @@ class SparseModule:
           TypeError: A parameter is not a floating array.
           ValueError: `variables` have no parameters, or a pattern of the plan matches nothing.
         """
-        params, others = _split(variables)
+        params, others, _ = _split(variables)
         return self._function(kwargs).init_memory(params, others, args, _traced(kwargs))
+
+    def with_memory(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return parameters and a memory at its start as one pytree, the gradient of which has the new memory.
+
+            params = model.with_memory(variables, x)      {"params": ..., "_overwrite_with_gradient": ...}
+
+        Flax's own `TrainState.create(params=params, ...)` carries it, and `state.apply_gradients` renews it: of that
+        collection the "gradient" is the next value, and no optimizer sees it. Differentiate all of `params` by
+        `jax.value_and_grad`; call the model as `model.apply({**params, ...}, x)` or `({"params": params, ...}, x)`.
+
+        What happens to all gradients alike (a mean over devices or microbatches, a division by the loss scale) leaves
+        the memory right. A penalty on parameters must leave this collection out.
+
+        Args:
+          variables: As in `apply`; other collections than the parameters are left out of the result.
+          *args: As in `apply`; ShapeDtypeStructs will do.
+          **kwargs: As in `apply`; ShapeDtypeStructs will do.
+
+        Raises:
+          TypeError: A parameter is not a floating array.
+          ValueError: `variables` have no parameters, or a pattern of the plan matches nothing.
+        """
+        params, others, _ = _split(variables)
+        memory = self.init_memory(variables, *args, **kwargs)
+        return with_memory(params, others.get(OVERWRITE_WITH_GRADIENT, {}), memory)
 
     def report(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Report:
         """Return what is sparse and what stays dense, and why; `print` it.
@@ -139,7 +171,7 @@ class SparseModule:
           TypeError: A parameter is not a floating array.
           ValueError: `variables` have no parameters, or a pattern of the plan matches nothing.
         """
-        params, others = _split(variables)
+        params, others, _ = _split(variables)
         return self._function(kwargs).report(params, others, args, _traced(kwargs))
 
     def __repr__(self) -> str:
@@ -173,14 +205,19 @@ def _traced(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name not in _HOW}
 
 
-def _split(variables: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _split(variables: Mapping[str, Any]) -> tuple[Any, dict[str, Any], Carried | None]:
+    """Return the parameters, the other collections, and the memory that stands among them, if one does."""
     if not isinstance(variables, Mapping) or "params" not in variables or not jax.tree.leaves(variables["params"]):
         got = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
         raise ValueError(
             'The first argument must be the module\'s variables with parameters in the collection "params", as in '
             f'{{"params": params}}; got {got}.'
         )
-    return variables["params"], {name: tree for name, tree in variables.items() if name != "params"}
+    params = variables["params"]
+    if isinstance(params, Mapping) and OVERWRITE_WITH_GRADIENT in params:  # as in Flax's TrainState
+        variables = {**variables, **params}
+    rest, carried = without_memory(variables)
+    return rest["params"], {name: tree for name, tree in rest.items() if name != "params"}, carried
 
 
 def is_linen(target: Any) -> bool:

@@ -59,7 +59,11 @@ class Program:
           ValueError: A pattern of the plan matches nothing, or can never apply.
         """
         self.check_plan()
-        return self._start()
+        return self._warned_start()
+
+    def start(self) -> dict[str, Any]:
+        """Return the memory at the start of the sites that this call reaches."""
+        return init_memory(self.sites, self.label)
 
     def empty_memory(self) -> dict[str, Any]:
         """Return the memory of sites none of which has a state, for a call for which nobody made one.
@@ -69,13 +73,13 @@ class Program:
             be for another method of the model.
         """
         self.plan.check_known([*(site.name for site in self.sites), *(path for path, _ in self.parameters)])
-        return self._start()
+        return self._warned_start()
 
-    def _start(self) -> dict[str, Any]:
+    def _warned_start(self) -> dict[str, Any]:
         if not self.sparse_sites and not all(site.dense_by_choice for site in self.sites if site.found.side):
             reasons = "; ".join(f"{site.name}: {site.reason}" for site in self.sites)
             warnings.warn(f"Nothing is sparse under this plan. {reasons}.", stacklevel=5)
-        return init_memory(self.sites, self.label)
+        return self.start()
 
     def check_plan(self) -> None:
         """Raise unless every pattern of the plan is of use in this program.
