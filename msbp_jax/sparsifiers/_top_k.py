@@ -28,7 +28,6 @@ def top_k(
     *,
     k: int | None = None,
     rows_per_group: RowsPerGroup = 1,
-    backend: str | None = None,
 ) -> Sparsifier:
     r"""Keep the `k` most important features of each group of rows.
 
@@ -45,7 +44,6 @@ def top_k(
       rows_per_group: `r`, rows that share a choice. 1: each example for itself (MSBP; meProp "simple"). None: one
         choice for the whole batch (meProp "unified"; for a convolution, ssProp). "example": one choice for all rows of
         an entry of the output's leading axis (positions of an image, time steps). The last group may be shorter.
-      backend: Which backend selects; None chooses.
 
     Returns:
       The sparsifier. It has no state. Ties go to the lower index. NaN scores highest, so a NaN is propagated.
@@ -63,15 +61,14 @@ def top_k(
       Sun et al., meProp: Sparsified Back Propagation for Accelerated Deep Learning with Reduced Overfitting, 2017
       (arXiv 1706.06197). Zhang et al., Memorized Sparse Backpropagation, 2019 (arXiv 1905.10194).
     """
-    chosen = _TopK(check_count("top_k", density, k), check_rows_per_group(rows_per_group), backend)
-    return chosen.sparsifier()
+    return _TopK(check_count("top_k", density, k), check_rows_per_group(rows_per_group)).sparsifier()
 
 
 @dataclasses.dataclass(frozen=True)
 class _TopK:
     count: Count
     group: RowsPerGroup
-    backend: str | None
+    backend: str | None = None  # what `sparse_vjp` was asked for
 
     def sparsifier(self) -> Sparsifier:
         return Sparsifier(
@@ -100,5 +97,5 @@ class _TopK:
         if (stays := self.count.why_not(self.sparsifier().name, where)) is not None:
             return stays
         group = where.rows_per_example if self.group == EXAMPLE else self.group
-        backend = "xla" if self.backend is None and where.backend == "xla" else self.backend
+        backend = where.backend if where.backend in kernels.backends()["select"] else None
         return dataclasses.replace(self, group=group, backend=backend).sparsifier()

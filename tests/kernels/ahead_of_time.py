@@ -142,7 +142,7 @@ class Block(nn.Module):
 def training_step(platform):
     """Return a whole training step, through scan and remat, and its shapes."""
     scanned = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
-    spec = msbp.memorized(msbp.top_k(density=1 / 8, rows_per_group=128, backend=platform), decay=0.8)
+    spec = msbp.memorized(msbp.top_k(density=1 / 8, rows_per_group=128), decay=0.8)
     net = msbp.sparse_vjp(scanned(), spec, backend=platform)
     tx = optax.adamw(1e-3)
     x = jax.ShapeDtypeStruct((1024, 512), jnp.bfloat16)

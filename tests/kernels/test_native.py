@@ -227,7 +227,7 @@ def test_the_compiled_program_holds_what_the_report_says():
     assert f.report(w, x).sparse[0].backend == "native"
     for name in ("msbp_select_with_memory", "msbp_grad_weight"):
         assert name in lowered
-    forced = msbp.sparse_vjp(lambda w, x: x @ w, msbp.top_k(k=8, rows_per_group=16, backend="xla"), backend="xla")
+    forced = msbp.sparse_vjp(lambda w, x: x @ w, msbp.top_k(k=8, rows_per_group=16), backend="xla")
     text = jax.jit(msbp.value_and_grad(lambda w, m, x: (forced(w, x, memory=m) ** 2).mean()))
     assert "msbp_" not in text.lower(w, forced.init_memory(w, x), x).as_text()
     assert forced.report(w, x).sparse[0].backend == "xla"

@@ -125,9 +125,13 @@ def test_who_gates_by_width():
 
 
 def test_a_backend_that_is_asked_for_reaches_the_selection():
-    assert TOP.at(WHERE._replace(backend="xla")) == msbp.top_k(k=6, backend="xla")
-    assert TOP.at(WHERE._replace(backend="native")) == TOP
-    assert msbp.top_k(k=6, backend="native").at(WHERE._replace(backend="xla")) == msbp.top_k(k=6, backend="native")
+    """Where there is one of that name: "dense" is a way to make products, and no selection."""
+    asked = {name: TOP.at(WHERE._replace(backend=name)) for name in (None, "xla", "gpu", "dense")}
+    assert asked[None] == asked["dense"] == TOP
+    assert len({asked["xla"], asked["gpu"], TOP}) == 3
+    u = jnp.ones((WHERE.rows, WHERE.n))
+    text = jax.jit(lambda u: asked["xla"].apply(u, ())[0].materialize()).lower(u).as_text()
+    assert "msbp_select" not in text
 
 
 @pytest.mark.parametrize("reduce", ["mean", "slot", "local"])
@@ -223,7 +227,7 @@ def test_sparsifiers_are_values():
         assert hash(copy) == hash(sparsifier)
         assert copy.name == sparsifier.name
     assert msbp.memorized(msbp.top_k(k=6), 0.8) == MEMORIZED["mean"]
-    different = [*MEMORIZED.values(), TOP, msbp.top_k(k=7), msbp.top_k(k=6, backend="xla"), msbp.memorized(TOP, 0.7)]
+    different = [*MEMORIZED.values(), TOP, msbp.top_k(k=7), msbp.top_k(k=6, rows_per_group=2), msbp.memorized(TOP, 0.7)]
     different += [msbp.random_k(k=3, key=jax.random.key(seed)) for seed in (0, 1)]
     assert len(set(different)) == len(different)
     assert TOP != 3

@@ -82,7 +82,7 @@ def test_a_padded_batch_is_the_batch_without_padding(backend, reduce):
             rows_alone = rows + -rows % group  # blocks must be of whole groups without padding, too
         else:
             rows_alone = rows
-        s = msbp.memorized(msbp.top_k(k=K, rows_per_group=group, backend=backend), 0.5, reduce=reduce,
+        s = msbp.memorized(msbp.top_k(k=K, rows_per_group=group), 0.5, reduce=reduce,
                            **({"shards": blocks} if reduce == "local" else {}))  # fmt: skip
         parts = [(integers(seed + b, rows, M), live_rows(seed + b + 50, rows)) for b in range(blocks)]
         mine = lambda i, fill: np.concatenate([padded(part[i], places, size, fill) for part in parts])
@@ -328,7 +328,8 @@ def test_a_recurrent_model_with_seq_lengths():
 def test_exactly_0_is_told_by_the_bits(backend, dtype):
     """Numbers too small to be normal, which XLA takes for 0 on a CPU, are none: on every backend alike."""
     g = jnp.ones((4, N), dtype).at[0].set(0).at[0, 3].set(1e-40).at[2].set(0).at[3].set(-0.0)
-    sparsifier = msbp.memorized(msbp.top_k(k=K, backend=backend), decay=1.0)
+    where = msbp.Where(rows=4, n=N, m=1, dtype=dtype, backend=backend)
+    sparsifier = msbp.memorized(msbp.top_k(k=K), decay=1.0).at(where)
     state = sparsifier.init(jax.ShapeDtypeStruct(g.shape, g.dtype))._replace(residual=jnp.ones(N))
     p, after = sparsifier.apply(g, state)
     assert p.materialize().any(axis=1).tolist() == [True, True, False, False]

@@ -11,7 +11,7 @@ from twins import assert_trees_close, assert_trees_equal
 import msbp_jax as msbp
 
 N = 64
-INNER = msbp.top_k(k=7, rows_per_group=2, backend="xla")
+INNER = msbp.top_k(k=7, rows_per_group=2)
 S = msbp.memorized(INNER, 0.8)
 W = jax.random.normal(jax.random.key(0), (6, N)) / 3
 X = jax.random.normal(jax.random.key(1), (8, 6))
