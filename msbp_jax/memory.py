@@ -139,9 +139,9 @@ class _Memorized:
             wants=self.inner.wants,
         )
 
-    def name(self, *how: str) -> str:
+    def name(self, *settings: str) -> str:
         decay = "schedule" if callable(self.decay) else f"{self.decay:g}"
-        return f"memorized({', '.join(filter(None, (self.inner.name, f'decay={decay}', *how)))})"
+        return f"memorized({', '.join(filter(None, (self.inner.name, f'decay={decay}', *settings)))})"
 
     def at(self, where: Where) -> Sparsifier | Stays:
         inner = serving(self.inner, where)
@@ -210,8 +210,8 @@ class _Shards:
 
     def at(self, where: Where) -> Sparsifier | Stays:
         if where.on_devices:  # each is a block, and keeps its own state
-            own = self.block.at(where)
-            return own if isinstance(own, Stays) else own._replace(per_device=True)
+            block = self.block.at(where)
+            return block if isinstance(block, Stays) else block._replace(per_device=True)
         inner = serving(self.block.inner, where)
         if isinstance(inner, Stays):
             return inner
@@ -229,24 +229,24 @@ class _Shards:
         return count, jax.ShapeDtypeStruct((rows // count, n), aval.dtype)
 
     def init(self, aval: jax.ShapeDtypeStruct) -> State:
-        count, own = self.blocks_of(aval)
+        count, block_aval = self.blocks_of(aval)
 
         def spread(leaf: jax.Array) -> jax.Array:
             return split_keys(leaf, count) if _compat.is_key(leaf) else jnp.broadcast_to(leaf, (count, *leaf.shape))
 
-        return jax.tree.map(spread, self.inner.init(own))
+        return jax.tree.map(spread, self.inner.init(block_aval))
 
     def apply(self, g: jax.Array, state: State, **seen: jax.Array) -> tuple[Format, State]:
         p, total, weight = self.weighted(g, state, **seen)
         return p, settled(state, total, weight)
 
     def weighted(self, g: jax.Array, state: State, **seen: jax.Array) -> Weighted:
-        count, own = self.blocks_of(g)
+        count, block_aval = self.blocks_of(g)
         by_block = {name: norms.reshape(count, -1) if name == "input_norms" else norms for name, norms in seen.items()}
         axes = {name: 0 if name == "input_norms" else None for name in seen}
-        one = lambda g, state, seen: tuple(apply_weighted(self.inner, g, state, **seen))
-        p, total, weight = jax.vmap(one, in_axes=(0, 0, axes))(g.reshape(count, *own.shape), state, by_block)
-        joined = p.joined(g.shape) or Dense(jax.vmap(lambda own: own.materialize())(p).reshape(g.shape))
+        apply = lambda g, state, seen: tuple(apply_weighted(self.inner, g, state, **seen))
+        p, total, weight = jax.vmap(apply, in_axes=(0, 0, axes))(g.reshape(count, *block_aval.shape), state, by_block)
+        joined = p.joined(g.shape) or Dense(jax.vmap(lambda p: p.materialize())(p).reshape(g.shape))
         return Weighted(joined, total, weight)
 
 

@@ -75,10 +75,10 @@ def value_and_grad(
         except BaseException:
             _closed(passages, None)
             raise
-        returned, own = _apart(grads)
-        own, by_module = all_at_once((own, dict(_by_module(model, returned))))
+        returned, grads = _apart(grads)
+        grads, by_module = all_at_once((grads, dict(_by_module(model, returned))))
         _closed(passages, by_module)
-        return result, own
+        return result, grads
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         model, *rest = args or (kwargs.pop(_first_parameter(loss_fn, kwargs)),)
@@ -91,13 +91,13 @@ def value_and_grad(
 
         def step(params: Any, memory: Any, state: Any, others: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
             del params, memory, kwargs
-            own, nodes = nnx.merge(graphdef, state, copy=True)
+            copy, nodes = nnx.merge(graphdef, state, copy=True)
             part_args, part_kwargs = arguments.put_together(nodes, others)
-            result, grads = whole(own, *part_args, **part_kwargs)
+            result, grads = whole(copy, *part_args, **part_kwargs)
             value, aux = result if has_aux else (result, None)
-            return Step(value, aux, grads, None, nnx.state((own, nodes)))
+            return Step(value, aux, grads, None, nnx.state((copy, nodes)))
 
-        params = jax.tree.map(lambda one: nnx.state(one, wrt), model, is_leaf=_is_module)
+        params = jax.tree.map(lambda node: nnx.state(node, wrt), model, is_leaf=_is_module)
         done = in_microbatches(step, count, params, None, state, tuple(arguments.others), {})
         nnx.update(objects, done.carried)
         return ((done.value, done.aux) if has_aux else done.value), done.grads
@@ -129,8 +129,8 @@ def diagnose(loss_fn: Callable[..., Any], *, has_aux: bool = False, wrt: Any = n
 
     def wrapped(model: Any, *args: Any, **kwargs: Any) -> training.Diagnosis:
         arguments = Arguments(args, kwargs)
-        own = lambda path, value: path[0] == 0 and nnx.filterlib.to_predicate(_without_memory(wrt))(path, value)
-        parts: tuple[Any, ...] = nnx.split((model, arguments.nodes), own, Memory, ...)
+        trained = lambda path, value: path[0] == 0 and nnx.filterlib.to_predicate(_without_memory(wrt))(path, value)
+        parts: tuple[Any, ...] = nnx.split((model, arguments.nodes), trained, Memory, ...)
         graphdef, params, memory, rest = parts
 
         def pure(params: Any, memory: Any) -> Any:
@@ -196,12 +196,12 @@ def _opened(model: Any, wrt: Any) -> list[tuple[SparseNNXModule, dict[str, Passa
             continue
         # Equal models draw differently, by their places in what is differentiated.
         place = "/".join(map(str, path))
-        own = {name: Passage(v.get_value(), name=f"{place}/{name}") for name, v in module.memory.items()}
-        for name, passage in own.items():
+        by_site = {name: Passage(v.get_value(), name=f"{place}/{name}") for name, v in module.memory.items()}
+        for name, passage in by_site.items():
             module.memory[name].set_value(passage.keys_now)
-        if own:
-            module.carriers = nnx.data({name: Carrier(passage.carriers) for name, passage in own.items()})
-        passages.append((module, own))
+        if by_site:
+            module.carriers = nnx.data({name: Carrier(passage.carriers) for name, passage in by_site.items()})
+        passages.append((module, by_site))
     if not passages and (not wrapped or any(module._plan.has_state for _, module in wrapped)):
         raise ValueError(
             "The first argument of loss_fn holds no model with a memory, so that the backward would be dense. Wrap the "
@@ -212,10 +212,10 @@ def _opened(model: Any, wrt: Any) -> list[tuple[SparseNNXModule, dict[str, Passa
 
 def _closed(passages: list[tuple[SparseNNXModule, dict[str, Passage]]], returned: dict[int, Any] | None) -> None:
     """Take the carriers away, and let every memory take on its new value, or the old one if nothing was returned."""
-    for module, own in passages:
+    for module, by_site in passages:
         module.carriers = nnx.data(None)
         assert module.memory is not None
-        for name, passage in own.items():
+        for name, passage in by_site.items():
             new = passage.memory if returned is None else passage.collected(returned[id(module)][name])
             module.memory[name].set_value(new)
 
@@ -235,8 +235,8 @@ def _apart(grads: Any) -> tuple[Any, Any]:
     is_state = lambda node: isinstance(node, nnx.State)
     pairs = [nnx.filter_state(state, Carrier, ...) for state in jax.tree.leaves(grads, is_leaf=is_state)]
     structure = jax.tree.structure(grads, is_leaf=is_state)
-    returned, own = (jax.tree.unflatten(structure, states) for states in zip(*pairs, strict=True))
-    return returned, own
+    returned, gradients = (jax.tree.unflatten(structure, states) for states in zip(*pairs, strict=True))
+    return returned, gradients
 
 
 def _is_module(node: Any) -> bool:

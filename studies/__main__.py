@@ -22,15 +22,15 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
       arguments: Of the command line; those of the process by default.
     """
-    how = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m studies", description=__doc__, formatter_class=how)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m studies", description=__doc__, formatter_class=formatter)
     studies = parser.add_subparsers(metavar="NAME", required=True)
     for name, study in STUDIES.items():
         about = study.__doc__ or ""
-        one = studies.add_parser(name, help=about.partition("\n")[0], description=about, formatter_class=how)
-        one.add_argument("--out", type=pathlib.Path, help="JSON file to write")
-        study.add_arguments(one)
-        one.set_defaults(run=study.run)
+        command = studies.add_parser(name, help=about.partition("\n")[0], description=about, formatter_class=formatter)
+        command.add_argument("--out", type=pathlib.Path, help="JSON file to write")
+        study.add_arguments(command)
+        command.set_defaults(run=study.run)
     args = parser.parse_args(arguments)
     for result in args.run(args):
         if args.out:

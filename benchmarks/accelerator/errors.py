@@ -19,16 +19,16 @@ def measure(setting: Setting) -> Iterator[Row]:
     """Yield, for each backend, the largest error of both products; on a CPU the kernels are interpreted."""
     rows, m, n = setting.checked
     platform = jax.default_backend()
-    own = ("gpu", "tpu") if platform == "cpu" else (platform,)
+    platforms = ("gpu", "tpu") if platform == "cpu" else (platform,)
     for dtype, precision in ((jnp.bfloat16, None), (jnp.float32, "highest")):
         g, x, w = arrays(rows, m, n, dtype)
-        for backend in ("xla", *own):
+        for backend in ("xla", *platforms):
             p = kernels.select(g, n // 16, min(rows, 128), backend=backend)
             true = dense_products(p, x, w, 1)
             dx, dw = jax.jit(
-                lambda p, x, w, b=backend, how=precision: (
-                    kernels.grad_input(p, w, 1, precision=how, backend=b),
-                    kernels.grad_weight(p, x, 1, precision=how, backend=b),
+                lambda p, x, w, b=backend, precision=precision: (
+                    kernels.grad_input(p, w, 1, precision=precision, backend=b),
+                    kernels.grad_weight(p, x, 1, precision=precision, backend=b),
                 )
             )(p, x, w)
             error = [

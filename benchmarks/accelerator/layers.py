@@ -35,7 +35,7 @@ def arrays(rows: int, m: int, n: int, dtype: Any) -> list[jax.Array]:
 
 def measure(setting: Setting, rates: Mapping[str, float]) -> Iterator[Row]:
     """Yield, for each layer, the time of dense over that of each path, and of each path over the floor."""
-    own = [
+    pallas = [
         name for name in compiled("grad_input") if name in ("gpu", "tpu")
     ]  # none on a CPU, where they are interpreted
     dense = jax.jit(lambda g, x, w: jax.vjp(jnp.matmul, x, w)[1](g))
@@ -46,7 +46,7 @@ def measure(setting: Setting, rates: Mapping[str, float]) -> Iterator[Row]:
             k = round(density * shape[2])
             least = floor(*shape, k, rates)
             for group in setting.groups:
-                named = own if group == 1 else ["xla", *own]  # XLA gathers each row's weights: minutes
+                named = pallas if group == 1 else ["xla", *pallas]  # XLA gathers each row's weights: minutes
                 calls: dict[str, Callable[[], Any]] = {"dense": functools.partial(dense, g, x, w)}
                 for name in (*named, "chosen"):
                     backend = None if name == "chosen" else name

@@ -23,20 +23,20 @@ def varying_alike(arrays: Any) -> tuple[list[Any], bool, Any]:
     `(shape, dtype) -> ShapeDtypeStruct`.
     """
     axes = [jax.typeof(array).manual_axis_type.varying for array in arrays]
-    together = frozenset[Any]().union(*axes)
+    union = frozenset[Any]().union(*axes)
     alike = [
-        jax.lax.pcast(array, tuple(sorted(together - own)), to="varying") if together - own else array
-        for array, own in zip(arrays, axes, strict=True)
+        jax.lax.pcast(array, tuple(sorted(union - varying)), to="varying") if union - varying else array
+        for array, varying in zip(arrays, axes, strict=True)
     ]
     kind = jax.typeof(alike[0]).manual_axis_type
 
     def result(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        if not together:
+        if not union:
             return jax.ShapeDtypeStruct(shape, dtype)
         sharding = jax.sharding.NamedSharding(jax.sharding.get_abstract_mesh(), jax.sharding.PartitionSpec())
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding, manual_axis_type=kind)
 
-    return alike, bool(together), result
+    return alike, bool(union), result
 
 
 def varying_like(array: Any, like: Any) -> Any:

@@ -121,23 +121,23 @@ class Format(abc.ABC):
         """Whether it, or `msbp_jax.kernels`, has products of it; else the matrix is used, which saves nothing."""
         return self.brings_products
 
-    def grad_input(self, weight: Float[Array, ...], feature_axis: int, **how: Any) -> Float[Array, "rows m"]:
+    def grad_input(self, weight: Float[Array, ...], feature_axis: int, **options: Any) -> Float[Array, "rows m"]:
         """Return `dx = p wᵀ`, for a format with products of its own.
 
         Args:
           weight: As in `msbp_jax.kernels.grad_input`, as all below.
           feature_axis: Where the `n` output features stand in `weight`.
-          **how: `precision`, `dtype` of the result, and `backend`.
+          **options: `precision`, `dtype` of the result, and `backend`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no products of its own")
 
-    def grad_weight(self, inputs: Float[Array, "rows m"], feature_axis: int, **how: Any) -> Float[Array, ...]:
+    def grad_weight(self, inputs: Float[Array, "rows m"], feature_axis: int, **options: Any) -> Float[Array, ...]:
         """Return `dw = xᵀ p`, for a format with products of its own.
 
         Args:
           inputs: As in `msbp_jax.kernels.grad_weight`, as all below.
           feature_axis: Where the `n` output features stand in the result.
-          **how: `precision`, `dtype` of the result, and `backend`.
+          **options: `precision`, `dtype` of the result, and `backend`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no products of its own")
 

@@ -39,9 +39,9 @@ class Convolution:
 
     def forward(self, *operands: jax.Array) -> jax.Array:
         """Return the convolution itself."""
-        how: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        parameters: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         x, w = operands
-        return lax.conv_general_dilated(x, w, **how)
+        return lax.conv_general_dilated(x, w, **parameters)
 
     def dims(self, lhs: Shape, rhs: Shape, out: Shape) -> Dims:
         """Return the canonical sizes: rows are images times positions, m is what one output is made from."""

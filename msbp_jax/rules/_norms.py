@@ -39,8 +39,8 @@ def _input_norms(
         return _norm(operation.as_matrices(operands, out).x, 2)
     # The sum of what an output is made from is the contraction with ones; of one feature, where there can be one.
     x, w, *others = (operand.astype(jnp.float32) if i < 2 else operand for i, operand in enumerate(operands))
-    one = jax.lax.slice_in_dim(w, 0, 1, axis=operation.feature_axis) if operation.narrows else w
-    ones = jnp.ones_like(one)
+    kernel = jax.lax.slice_in_dim(w, 0, 1, axis=operation.feature_axis) if operation.narrows else w
+    ones = jnp.ones_like(kernel)
     sums = operation.canonical_g(operation.forward(x * x, ones, *others), operands)
     return jnp.sqrt(sums[..., 0].reshape(dims.batch, dims.rows))
 

@@ -91,11 +91,11 @@ def _by_matrices(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the products of the canonical matrices, by the kernels or the cotangent's own."""
     matrices = operation.as_matrices(operands, out)
-    axis, how = matrices.feature_axis, {"precision": matrices.precision, "backend": backend}
+    axis, options = matrices.feature_axis, {"precision": matrices.precision, "backend": backend}
 
     def products(x: jax.Array, w: jax.Array, p: Format) -> tuple[jax.Array, jax.Array]:
-        dx = kernels.grad_input(p, w, axis, dtype=x.dtype, **how)
-        return dx, kernels.grad_weight(p, x, axis, dtype=w.dtype, **how)
+        dx = kernels.grad_input(p, w, axis, dtype=x.dtype, **options)
+        return dx, kernels.grad_weight(p, x, axis, dtype=w.dtype, **options)
 
     if dims.batch_shape:
         return matrices.give_back(*jax.vmap(products)(matrices.x, matrices.w, p))

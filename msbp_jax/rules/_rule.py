@@ -169,8 +169,8 @@ def _returned(state: State, total: State, weight: State, g: jax.Array) -> list[C
     """Return the cotangents of the carriers of every leaf; numbers depend on g by their weights, the rest may not."""
     leaves = zip(*map(jax.tree.leaves, (state, total, weight)), strict=True)
     return [
-        own if averages(old) else tuple(each_member(one, g) for one in own)
-        for old, own in ((leaf[0], given(*leaf)) for leaf in leaves)
+        cotangents if averages(old) else tuple(each_member(cotangent, g) for cotangent in cotangents)
+        for old, cotangents in ((leaf[0], given(*leaf)) for leaf in leaves)
     ]
 
 
@@ -183,7 +183,7 @@ def _sparsify(sparsifier: Sparsifier, g: jax.Array, state: State, dims: Dims, se
     state = jax.tree.map(lambda leaf: member_keys(leaf, g), state)
     if dims.batch_shape:
         return Weighted(*jax.vmap(apply)(g, state, seen))
-    return Weighted(*apply(g[0], state, {name: one[0] for name, one in seen.items()}))
+    return Weighted(*apply(g[0], state, {name: norms[0] for name, norms in seen.items()}))
 
 
 def _density(p: Format, dims: Dims) -> jax.Array:

@@ -50,10 +50,10 @@ def is_named_tuple(node: Any) -> bool:
 def _told(node: Any) -> dict[str, jax.Array]:
     found: dict[str, jax.Array] = {}
     if _has_own(node):
-        own = node.metrics() if callable(node.metrics) else node.metrics
-        if not isinstance(own, Mapping):
-            raise TypeError(f"{type(node).__name__}.metrics must give a dict of scalars by name, got {own!r}.")
-        found |= {str(name): _scalar(type(node).__name__, name, value) for name, value in own.items()}
+        scalars = node.metrics() if callable(node.metrics) else node.metrics
+        if not isinstance(scalars, Mapping):
+            raise TypeError(f"{type(node).__name__}.metrics must give a dict of scalars by name, got {scalars!r}.")
+        found |= {str(name): _scalar(type(node).__name__, name, value) for name, value in scalars.items()}
     for name, value in metrics_of(node.inner).items() if "inner" in node._fields else ():
         found[unique_name(name, found)] = value
     return found

@@ -75,10 +75,10 @@ def in_microbatches(
 
     trained, overwritten = _apart(params)
 
-    def one(carry: tuple[Any, Any, Any, Any], part: list[jax.Array]) -> tuple[Any, tuple[Any, Any]]:
+    def body(carry: tuple[Any, Any, Any, Any], part: list[jax.Array]) -> tuple[Any, tuple[Any, Any]]:
         memory, carried, total, overwritten = carry
-        own = iter(part)
-        filled = [next(own) if is_cut else leaf for (_, leaf), is_cut in zip(leaves, cut, strict=True)]
+        cut_leaves = iter(part)
+        filled = [next(cut_leaves) if is_cut else leaf for (_, leaf), is_cut in zip(leaves, cut, strict=True)]
         args, kwargs = jax.tree.unflatten(structure, filled)
         result = step(_together(trained, overwritten), memory, carried, args, kwargs)
         grads, overwritten = _apart(result.grads)
@@ -90,7 +90,7 @@ def in_microbatches(
     numbers = [leaf for leaf in every if is_differentiable(leaf)]
     nothing = [jnp.zeros(leaf.shape, accumulation_dtype(leaf.dtype)) for leaf in numbers]
     start = memory, carried, nothing, overwritten
-    (memory, carried, total, overwritten), (values, aux) = jax.lax.scan(one, start, parts, length=count)
+    (memory, carried, total, overwritten), (values, aux) = jax.lax.scan(body, start, parts, length=count)
     means = iter([(t / count).astype(leaf.dtype) for t, leaf in zip(total, numbers, strict=True)])
     grads = jax.tree.unflatten(shape, [next(means) if is_differentiable(leaf) else no_gradient(leaf) for leaf in every])
     return Step(values.mean(axis=0), aux, _together(grads, overwritten), memory, carried)

@@ -84,8 +84,8 @@ def differentiate(
 
     def loss(numbers: list[Any], carriers: Any) -> Any:
         filled = iter(numbers)
-        own = [next(filled) if is_differentiable(leaf) else leaf for leaf in leaves]
-        result = loss_fn(jax.tree.unflatten(structure, own), passage.marked(carriers), *args, **kwargs)
+        merged = [next(filled) if is_differentiable(leaf) else leaf for leaf in leaves]
+        result = loss_fn(jax.tree.unflatten(structure, merged), passage.marked(carriers), *args, **kwargs)
         unused.append(passage.unused)
         check_result(result, has_aux)
         value, aux = result if has_aux else (result, None)

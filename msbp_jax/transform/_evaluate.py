@@ -165,9 +165,9 @@ def _cond(params: dict[str, Any], placed: Placeds) -> Callable[[list[Any], Sites
         every = [of_branch(number) for number in range(len(branches))]
         if platforms is None:
             return lax.switch(inputs[0], every, inputs[1:], bits)
-        own = {name: branch for names, branch in zip(platforms, every, strict=True) for name in names or ()}
+        by_platform = {name: branch for names, branch in zip(platforms, every, strict=True) for name in names or ()}
         default = next((branch for names, branch in zip(platforms, every, strict=True) if names is None), None)
-        return lax.platform_dependent(inputs[1:], bits, default=default, **own)
+        return lax.platform_dependent(inputs[1:], bits, default=default, **by_platform)
 
     return _inlined(cond)
 
@@ -175,9 +175,9 @@ def _cond(params: dict[str, Any], placed: Placeds) -> Callable[[list[Any], Sites
 def _scan(params: dict[str, Any], placed: Placeds) -> Callable[[list[Any], Sites], list[Any]]:
     consts, carries = _compat.scan_arity(params)
     length = params["length"]
-    inside = {place: dataclasses.replace(one, loops=one.loops[1:]) for place, one in placed.items()}
+    inside = {place: dataclasses.replace(entry, loops=entry.loops[1:]) for place, entry in placed.items()}
     step = _body(params["jaxpr"], inside, "scan")
-    stacked = {place for place, one in placed.items() if one.loops[0].instances}
+    stacked = {place for place, entry in placed.items() if entry.loops[0].instances}
 
     def scan(inputs: list[Any], sites: Sites) -> list[Any]:
         fixed, carry, sliced = inputs[:consts], inputs[consts : consts + carries], inputs[consts + carries :]
@@ -186,14 +186,14 @@ def _scan(params: dict[str, Any], placed: Placeds) -> Callable[[list[Any], Sites
         keys = {p: [_keys_of_steps(leaf, length) for leaf in jax.tree.leaves(s.state)] for p, s in shared.items()}
 
         def body(carry: list[Any], now: tuple[list[Any], Sites, Any]) -> tuple[list[Any], list[Any]]:
-            arguments, own, own_keys = now
-            drawn = {p: site._replace(state=_with_keys(site.state, own_keys[p])) for p, site in shared.items()}
-            results = step([*fixed, *carry, *arguments], {**own, **drawn})
+            arguments, sliced_sites, step_keys = now
+            drawn = {p: site._replace(state=_with_keys(site.state, step_keys[p])) for p, site in shared.items()}
+            results = step([*fixed, *carry, *arguments], {**sliced_sites, **drawn})
             return results[:carries], results[carries:]
 
         xs = (sliced, {place: sites[place] for place in stacked}, keys)
-        how = {"length": length, "reverse": params["reverse"], "unroll": params["unroll"]}
-        final, outputs = lax.scan(body, carry, xs, **how)
+        options = {"length": length, "reverse": params["reverse"], "unroll": params["unroll"]}
+        final, outputs = lax.scan(body, carry, xs, **options)
         return [*final, *outputs]
 
     return _inlined(scan)
@@ -202,9 +202,9 @@ def _scan(params: dict[str, Any], placed: Placeds) -> Callable[[list[Any], Sites
 def _shard_map(params: dict[str, Any], placed: Placeds) -> Callable[[list[Any], Sites], list[Any]]:
     """Rebuild a `shard_map`. A memory that devices share is whole on each; one for each device is cut up in front."""
     width = len(_compat.new_mesh_axes(params))
-    axes = {place: one.loops[:width] for place, one in placed.items()}
-    inside = {place: dataclasses.replace(one, loops=one.loops[width:]) for place, one in placed.items()}
-    own = {p: PartitionSpec(*(axis.mesh_axis for axis in axes[p] if axis.instances)) for p in placed}
+    axes = {place: entry.loops[:width] for place, entry in placed.items()}
+    inside = {place: dataclasses.replace(entry, loops=entry.loops[width:]) for place, entry in placed.items()}
+    site_specs = {p: PartitionSpec(*(axis.mesh_axis for axis in axes[p] if axis.instances)) for p in placed}
     step = _body(params["jaxpr"], inside, "shard_map")
 
     def body(arguments: list[Any], sites: Sites) -> list[Any]:
@@ -212,7 +212,7 @@ def _shard_map(params: dict[str, Any], placed: Placeds) -> Callable[[list[Any], 
         return step(arguments, mine)
 
     def mapped(inputs: list[Any], sites: Sites) -> list[Any]:
-        specs = {p: jax.tree.map(lambda _, p=p: own[p], site) for p, site in sites.items()}
+        specs = {p: jax.tree.map(lambda _, p=p: site_specs[p], site) for p, site in sites.items()}
         return _compat.shard_map_like(params, body, (list(params["in_specs"]), specs))(inputs, sites)
 
     return _inlined(mapped)

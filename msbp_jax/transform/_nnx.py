@@ -81,8 +81,8 @@ class SparseNNXModule(nnx.Module):
             self._check_not_differentiated((nnx.state(self.module), args, kwargs))
             return getattr(self.module, method)(*args, **kwargs)
         call = _Call(self.module, args, kwargs, method)
-        own = {} if self.memory is None else self.memory
-        memory = {name: self._marked(name, variable, (args, kwargs)) for name, variable in own.items()}
+        variables = {} if self.memory is None else self.memory
+        memory = {name: self._marked(name, variable, (args, kwargs)) for name, variable in variables.items()}
         with nnx.update_context(_TAG):
             params, rest, arrays = call.split()
             result = self._function(call)(params, rest, *arrays, memory=None if self.memory is None else memory)
@@ -223,9 +223,9 @@ class _Call:
     def split(self) -> tuple[Any, Any, tuple[Any, ...]]:
         """Return the module's parameters, all other state, and the arguments that are no graph nodes."""
         is_param = nnx.filterlib.to_predicate(nnx.Param)
-        own = lambda path, value: path[0] == 0 and is_param(path, value)
+        is_module_param = lambda path, value: path[0] == 0 and is_param(path, value)
         with nnx.split_context(_TAG) as context:
-            self.graphdef, params, rest = context.split(self.objects, own, ...)
+            self.graphdef, params, rest = context.split(self.objects, is_module_param, ...)
         return params.get(0, nnx.State({})), rest, (self.arguments.others,)
 
     def __call__(self, params: Any, rest: Any, others: list[Any]) -> tuple[Any, Any]:

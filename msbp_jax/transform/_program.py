@@ -123,7 +123,7 @@ class Program:
 def _as_given(site: Site, carriers: list[Carriers] | None) -> list[Carriers] | None:
     if carriers is None:
         return None
-    return [narrowed(own, shape) for own, shape in zip(carriers, site.weight_shapes, strict=True)]
+    return [narrowed(of_leaf, shape) for of_leaf, shape in zip(carriers, site.weight_shapes, strict=True)]
 
 
 def trace(

@@ -142,8 +142,8 @@ def _chosen(site: Site, p: Format, paths: list[Path], backend: str | None) -> st
     names = []
     for q, path in zip(p.parts, paths, strict=True):
         kernel = backend or _fastest(site, q)
-        how = {Path.ROWS: kernel, Path.PATCHES: f"{kernel}, patches", Path.NARROW: "xla, narrow"}
-        names.append(how.get(path, "xla, dense"))
+        labels = {Path.ROWS: kernel, Path.PATCHES: f"{kernel}, patches", Path.NARROW: "xla, narrow"}
+        names.append(labels.get(path, "xla, dense"))
     return names[0] if names[0] == names[1] else f"dx {names[0]}; dw {names[1]}"
 
 

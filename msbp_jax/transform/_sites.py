@@ -76,8 +76,8 @@ class Site:
     def abstract_state(self) -> State:
         """Shapes and dtypes of the state."""
         assert self.sparsifier is not None
-        one = _abstract_init(self.sparsifier, self.cotangent)
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*self.instances, *leaf.shape), leaf.dtype), one)
+        state = _abstract_init(self.sparsifier, self.cotangent)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*self.instances, *leaf.shape), leaf.dtype), state)
 
     @property
     def weight_shapes(self) -> list[tuple[int, ...] | None]:
@@ -85,8 +85,8 @@ class Site:
         assert self.sparsifier is not None
         state, weight = _abstract_use(self.sparsifier, self.cotangent)
         return [
-            (*self.instances, *one.shape) if averages(leaf) else None
-            for leaf, one in zip(*map(jax.tree.leaves, (state, weight)), strict=True)
+            (*self.instances, *leaf_weight.shape) if averages(leaf) else None
+            for leaf, leaf_weight in zip(*map(jax.tree.leaves, (state, weight)), strict=True)
         ]
 
     @property
@@ -102,8 +102,8 @@ class Site:
             leaf = jnp.asarray(leaf)
             if not _compat.is_key(leaf):
                 return jnp.broadcast_to(leaf, (*self.instances, *leaf.shape))
-            own = split_keys(fold_name(leaf, f"{label}/{self.name}"), math.prod(self.instances))
-            return own.reshape(*self.instances, *leaf.shape)
+            keys = split_keys(fold_name(leaf, f"{label}/{self.name}"), math.prod(self.instances))
+            return keys.reshape(*self.instances, *leaf.shape)
 
         return jax.tree.map(spread, self.sparsifier.init(self.cotangent))
 

@@ -60,8 +60,8 @@ def registry(package: str, op: str, native: Callable[..., Any], **others: Callab
       native: The native backend.
       **others: Those that run everywhere; the reference comes last.
     """
-    own = {"native": native} if native_calls.available() else {}
-    return own | {platform: _on_demand(f"{package}.{platform}", op) for platform in ("gpu", "tpu")} | others
+    built = {"native": native} if native_calls.available() else {}
+    return built | {platform: _on_demand(f"{package}.{platform}", op) for platform in ("gpu", "tpu")} | others
 
 
 def _on_demand(module: str, name: str) -> Callable[..., Any]:

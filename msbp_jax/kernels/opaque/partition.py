@@ -72,8 +72,8 @@ def partitioned(
 
     def lower(names: Names, shards: int) -> Call:
         if cut.one_group and names and choose_together is not None:
-            together = choose_together
-            return lambda *arrays: together(names, *arrays)
+            choose = choose_together
+            return lambda *arrays: choose(names, *arrays)
         local = local_call(cut.local_shapes(results, shards))
 
         def call(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -82,7 +82,8 @@ def partitioned(
                 return found
             axes = cut.result_axes
             return tuple(
-                jax.lax.psum(one, names) if axis is None else one for axis, one in zip(axes, found, strict=True)
+                jax.lax.psum(result, names) if axis is None else result
+                for axis, result in zip(axes, found, strict=True)
             )
 
         return call

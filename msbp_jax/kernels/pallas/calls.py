@@ -83,4 +83,4 @@ def run(
 
 def _splits_here() -> bool:
     """Whether a kernel may be split over devices: the simulator of one cannot."""
-    return all(how is True for how in kernel.INTERPRET.values())
+    return all(mode is True for mode in kernel.INTERPRET.values())

@@ -68,7 +68,7 @@ class Kernel:
         arrays: list[Any] = [*operands, *_avals(self.results)]
         specs = zip([*(self.in_specs or ()), *(self.out_specs or ())], arrays, strict=True)
         blocks = [(spec.block_shape, array.dtype) for spec, array in specs if spec.memory_space is None]
-        scratch = [(memory.shape, memory.dtype) for memory in self.scratch if memory.memory_space == _VMEM]
+        scratch = [(buffer.shape, buffer.dtype) for buffer in self.scratch if buffer.memory_space == _VMEM]
         return sum(2 * _tiled_bytes(*block) for block in blocks) + sum(_tiled_bytes(*block) for block in scratch)
 
     def _call(self, interpret: Any, *operands: jax.Array) -> list[jax.Array]:

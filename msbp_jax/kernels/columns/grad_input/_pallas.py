@@ -36,15 +36,15 @@ def grad_input(
       dtype: Of the result; None for that of the sums.
     """
     check_product(platform, cotangent, weight, dtype)
-    how = matmul_precision(precision)
+    precision = matmul_precision(precision)
     dtype = dtype or accumulation_dtype(weight.dtype)
 
     def function(results: Shapes) -> Call:
         rows = results[0][0][0]
 
         def call(values: jax.Array, index: jax.Array, scale: jax.Array, weight: jax.Array) -> tuple[jax.Array, ...]:
-            turned = weight if feature_axis == 0 else weight.T
-            return (product(values, index, scale, turned, how, dtype).reshape(-1, turned.shape[1])[:rows],)
+            w = weight if feature_axis == 0 else weight.T
+            return (product(values, index, scale, w, precision, dtype).reshape(-1, w.shape[1])[:rows],)
 
         return call
 

@@ -35,7 +35,7 @@ def grad_input(
     if at_once == groups:
         blocks = product(*parts)
     else:
-        blocks = lax.map(lambda one: product(*(part[None] for part in one))[0], parts, batch_size=at_once)
+        blocks = lax.map(lambda group: product(*(part[None] for part in group))[0], parts, batch_size=at_once)
     return blocks.reshape(groups * size, m)[: cotangent.shape[0]].astype(dtype or blocks.dtype)
 
 

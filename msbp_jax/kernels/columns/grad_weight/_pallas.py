@@ -36,7 +36,7 @@ def grad_weight(
       dtype: Of the result; None for that of the sums.
     """
     check_product(platform, cotangent, inputs, dtype)
-    how = matmul_precision(precision)
+    precision = matmul_precision(precision)
     dtype = dtype or accumulation_dtype(inputs.dtype)
     m, n = inputs.shape[1], cotangent.shape[1]
 
@@ -44,7 +44,7 @@ def grad_weight(
         del results
 
         def call(values: jax.Array, index: jax.Array, scale: jax.Array, x: jax.Array) -> tuple[jax.Array, ...]:
-            return (product(values, index, scale, x, n, feature_axis, how, dtype),)
+            return (product(values, index, scale, x, n, feature_axis, precision, dtype),)
 
         return call
 

@@ -40,6 +40,6 @@ def select(
         return call
 
     results = [((-(-rows // r), r, k), cotangent.dtype), ((-(-rows // r), k), jnp.int32)]
-    together = functools.partial(xla.together, k)
-    values, index = calls.run("select", function, [cotangent], results, ("select", rows, r), together)
+    choose = functools.partial(xla.choose_over, k)
+    values, index = calls.run("select", function, [cotangent], results, ("select", rows, r), choose)
     return Columns(values, index, (rows, n))

@@ -21,8 +21,8 @@ def select(cotangent: Float[Array, "rows n"], k: int, rows_per_group: int | None
     calls.check_entries(groups * r * k)
     results = [((groups, r, k), cotangent.dtype), ((groups, k), jnp.int32)]
     split = ("select", rows, r)
-    together = functools.partial(xla.together, k)
+    choose = functools.partial(xla.choose_over, k)
     values, index = calls.call(
-        "select", [cotangent], results, split=split, choose_together=together, k=k, rows_per_group=r
+        "select", [cotangent], results, split=split, choose_together=choose, k=k, rows_per_group=r
     )
     return Columns(values, index, (rows, n))

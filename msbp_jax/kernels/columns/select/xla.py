@@ -23,7 +23,7 @@ def select_over(names: tuple[str, ...], cotangent: Float[Array, "rows n"], k: in
     return take_columns(cotangent, index[None], None)
 
 
-def together(k: int, names: tuple[str, ...], cotangent: Float[Array, "rows n"]) -> tuple[Array, Array]:
+def choose_over(k: int, names: tuple[str, ...], cotangent: Float[Array, "rows n"]) -> tuple[Array, Array]:
     """Return the values and index of `select_over`."""
     p = select_over(names, cotangent, k)
     return p.values, p.index

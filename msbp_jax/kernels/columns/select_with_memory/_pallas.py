@@ -55,6 +55,6 @@ def select_and_remember(
         [cotangent, memory.astype(jnp.float32)],
         [*kept, *left],
         ("select_with_memory by slot" if by_slot else "select_with_memory", rows, r),
-        functools.partial(xla.together, k),
+        functools.partial(xla.choose_over, k),
     )
     return Columns(values, index, (rows, n)), rest[0], rest[1]

@@ -29,7 +29,7 @@ def select_with_memory(
         [cotangent, memory.astype(jnp.float32)],
         [*kept, *left],
         split=("select_with_memory by slot" if by_slot else "select_with_memory", rows, r),
-        choose_together=functools.partial(xla.together, k),
+        choose_together=functools.partial(xla.choose_over, k),
         k=k,
         rows_per_group=r,
         by_slot=by_slot,

@@ -19,7 +19,7 @@ def select_with_memory(
     return _remembering(lambda u: xla.select(u, k, rows_per_group), cotangent, memory)
 
 
-def together(
+def choose_over(
     k: int, names: tuple[str, ...], cotangent: Float[Array, "rows n"], memory: Float[Array, ...]
 ) -> tuple[Array, Array, Array, Array]:
     """Choose once for rows spread over the devices of the mesh axes `names`; return what the op does."""
