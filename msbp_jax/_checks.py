@@ -67,7 +67,7 @@ def is_differentiable(leaf: Any) -> bool:
 
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array, a tracer or a ShapeDtypeStruct, as opposed to a flag or a number."""
-    if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSUMm":  # objects, text and times: none of JAX's
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSUMm":  # objects, text and times: JAX has no such dtypes
         return False
     return isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
 

@@ -209,7 +209,7 @@ class _Shards:
         )
 
     def at(self, where: Where) -> Sparsifier | Stays:
-        if where.on_devices:  # each is a block, and keeps its own state
+        if where.on_devices:  # each device is a block with a state of its own
             block = self.block.at(where)
             return block if isinstance(block, Stays) else block._replace(per_device=True)
         inner = serving(self.block.inner, where)

@@ -194,7 +194,7 @@ def _opened(model: Any, wrt: Any) -> list[tuple[SparseNNXModule, dict[str, Passa
     for path, module in wrapped:
         if module.memory is None:
             continue
-        # Equal models draw differently, by their places in what is differentiated.
+        # Keys depend on the place, so that equal models draw different random numbers.
         place = "/".join(map(str, path))
         by_site = {name: Passage(v.get_value(), name=f"{place}/{name}") for name, v in module.memory.items()}
         for name, passage in by_site.items():

@@ -13,8 +13,8 @@ from msbp_jax.formats import Columns, Format, take_columns
 from msbp_jax.sparsifiers import Sparsifier, Stays, Where
 from msbp_jax.sparsifiers._base import serving
 
-# A mean of 4,000 draws is off by more than 5 standard errors once in two million entries: a fixed seed that passes is
-# no accident, and a bias of a tenth of a standard deviation does not pass.
+# By chance a mean of 4,000 draws is off by more than 5 standard errors once in two million entries. A bias of a tenth
+# of a standard deviation is 6 standard errors, and does not pass.
 _DRAWS, _STANDARD_ERRORS = 4000, 5.0
 
 
@@ -113,7 +113,7 @@ def dense_products(p: Format, x: Any, w: Any, feature_axis: int) -> tuple[np.nda
 
 def random_gradient(seed: int, rows: int, n: int) -> jax.Array:
     """Return a heavy-tailed float32 matrix, `[rows, n]`, as gradients are: a normal times a log-normal."""
-    draw = np.random.default_rng(seed)  # NumPy's need no compiling for each shape
+    draw = np.random.default_rng(seed)  # NumPy's generator is not compiled for each shape
     return jnp.asarray(draw.normal(size=(rows, n)) * np.exp(draw.normal(size=(rows, n))), jnp.float32)
 
 

@@ -11,7 +11,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 # The tracers of forward-mode and reverse-mode differentiation. Only the first is exported, so both go by name.
 _DIFFERENTIATION_TRACERS = frozenset({"JVPTracer", "LinearizeTracer"})
-# Those that stand for a value of the program below, and not for a variable of a program.
+# Tracers that wrap another value, unlike those that stand for a variable of a program.
 _TRANSFORMATIONS = _DIFFERENTIATION_TRACERS | {"BatchTracer"}
 
 

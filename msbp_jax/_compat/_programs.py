@@ -71,8 +71,8 @@ def is_key(leaf: Any) -> bool:
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-# What is known of the higher-order equations that are rebuilt: the parameters that one must have, and may have. Where a
-# newer JAX has others, nobody knows what would be lost, and the equation is left alone.
+# The parameters that a higher-order equation must have, and those that it may have, so that it can be rebuilt. With
+# others, from a newer JAX, something unknown would be lost, so the equation is left alone.
 _SHARD_MAP = "shard_map"  # not exported: known by its name
 _PARAMETERS: dict[Any, tuple[set[str], set[str]]] = {
     jit_p: (

@@ -90,7 +90,7 @@ class Columns(Format):
 
     def sum_left_of(self, u: Float[Array, "rows n"], live: Bool[Array, "rows 1"]) -> Float[Array, " n"]:
         """Return the sum of `u - p` over rows in one pass over `u`, without a dense copy of either."""
-        del live  # `u` is 0 there, and so is what is kept of it
+        del live  # the other rows of `u` are 0, and so is what is kept of them
         dropped = ~self.kept_columns()
         grouped = group_rows(u, self.rows_per_group)
         total = jnp.where(dropped[:, None, :], finite(grouped), jnp.zeros((), u.dtype)).sum(axis=(0, 1))

@@ -54,7 +54,7 @@ class Format(abc.ABC):
       >>> msbp.testing.check_sparsifier(signs)
     """
 
-    if TYPE_CHECKING:  # a property here would stand in the way of a dataclass's field of this name
+    if TYPE_CHECKING:  # at run time a property would hide a dataclass's field of this name
 
         @property
         def shape(self) -> tuple[Size, int]:

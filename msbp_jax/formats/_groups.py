@@ -48,7 +48,7 @@ def grouping(rows: Size, rows_per_group: Size | None) -> tuple[Size, Size]:
       rows: How many rows there are; a dimension variable of `jax.export` will do.
       rows_per_group: `r`; None, or more than there are rows, for one group.
     """
-    if _compat.is_symbolic(rows):  # nobody knows whether there are so many
+    if _compat.is_symbolic(rows):  # whether there are fewer than r is not known
         return (1, rows) if rows_per_group is None else (-(-rows // rows_per_group), rows_per_group)
     size = max(1, rows if rows_per_group is None else min(rows_per_group, rows))
     return -(-rows // size), size

@@ -30,7 +30,7 @@ class Remembered(NamedTuple):
 def takes_part(g: Float[Array, "rows n"]) -> Bool[Array, "rows 1"]:
     """Return which rows take part: those with an entry that is not 0, be it too small for XLA to tell it from 0."""
     bits = jax.lax.bitcast_convert_type(g, f"uint{8 * g.dtype.itemsize}")
-    return jnp.any(bits << 1 != 0, axis=1, keepdims=True)  # without the sign, as -0 is 0
+    return jnp.any(bits << 1 != 0, axis=1, keepdims=True)  # the shift drops the sign, as -0 is 0
 
 
 def add_memory(

@@ -102,7 +102,7 @@ def contraction(dimension_numbers: DimensionNumbers, lhs_shape: Shape, rhs_shape
     rhs = (tuple(rhs_contracted), tuple(rhs_batch), tuple(rhs_shape))
     (x_contracted, x_batch, x_shape), (w_contracted, w_batch, w_shape) = (rhs, lhs) if side == "lhs" else (lhs, rhs)
 
-    # Contracted axes come in pairs whose order is free: take the weight's own, so that it need not be transposed.
+    # The order of the pairs of contracted axes is free: in the weight's order it need not be transposed.
     pairs = sorted(zip(w_contracted, x_contracted, strict=True))
     w_contracted = tuple(w for w, _ in pairs)
     x_contracted = tuple(x for _, x in pairs)

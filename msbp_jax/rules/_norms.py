@@ -37,7 +37,7 @@ def _input_norms(
     lhs, rhs = operands[0].shape, operands[1].shape
     if operation.matrices_by(lhs, rhs, None) is Matrices.DIRECTLY:
         return _norm(operation.as_matrices(operands, out).x, 2)
-    # The sum of what an output is made from is the contraction with ones; of one feature, where there can be one.
+    # A contraction with ones sums what an output is made from; one feature is enough where it can be cut out.
     x, w, *others = (operand.astype(jnp.float32) if i < 2 else operand for i, operand in enumerate(operands))
     kernel = jax.lax.slice_in_dim(w, 0, 1, axis=operation.feature_axis) if operation.narrows else w
     ones = jnp.ones_like(kernel)

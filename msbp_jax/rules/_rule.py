@@ -145,7 +145,7 @@ def _products(
         density = _density(p, dims) if observed else density
         of_x, of_w = p.parts
         dlhs, drhs = products(operation, operands, of_x, dims, g.shape, rule.backend)
-        if of_w is not of_x:  # of each pair of products one is not used, and XLA leaves it out
+        if of_w is not of_x:  # XLA drops the product of each pair that is not used
             other = products(operation, operands, of_w, dims, g.shape, rule.backend)
             dlhs, drhs = (other[0], drhs) if rule.side == "lhs" else (dlhs, other[1])
     returned = _returned(state, total, weight, g) if remembers else []
@@ -189,4 +189,4 @@ def _sparsify(sparsifier: Sparsifier, g: jax.Array, state: State, dims: Dims, se
 def _density(p: Format, dims: Dims) -> jax.Array:
     """Return the share of entries that are propagated and not 0."""
     kept = jax.vmap(lambda p: p.entries())(p).sum() if dims.batch_shape else p.entries()
-    return kept / float(dims.batch * dims.rows * dims.n)  # more than an int32 holds, of a large layer
+    return kept / float(dims.batch * dims.rows * dims.n)  # a float: in a large layer an int32 would overflow

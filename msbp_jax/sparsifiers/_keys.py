@@ -43,7 +43,7 @@ class StartingKey:
         return self._bits() == other._bits()
 
     def __hash__(self) -> int:
-        return hash(StartingKey)  # of a traced key no bits are known
+        return hash(StartingKey)  # the same for all keys: the bits of a traced one are not known
 
     def __reduce__(self) -> Any:
         return _restored, self._bits()

@@ -103,8 +103,8 @@ class _RandomK:
         kept = self.count.of(n)
         groups, _ = grouping(rows, group)
         next_key, draw = jax.random.split(state.key)
-        # The k largest of n uniform numbers are a uniform draw without replacement; ties cannot bias it towards
-        # either side of an index often enough to be seen (24 random bits).
+        # The k largest of n uniform numbers are a uniform draw without replacement. Ties favour the lower index, but
+        # among 24 random bits they are too rare for that to be seen.
         index = jax.lax.top_k(jax.random.uniform(draw, (groups, n)), kept)[1]
         columns = take_columns(u, index, group)
         if self.rescale:

@@ -57,7 +57,7 @@ def _collected(tree: Any) -> dict[str, jax.Array]:
         if not _tells(node):
             continue
         site = _site(path, node)
-        if site:  # paths differ, their names need not: {"a/b": {"c": ...}, "a": {"b/c": ...}}
+        if site:  # different paths may have the same name: {"a/b": {"c": ...}, "a": {"b/c": ...}}
             site = unique_name(site, sites)
             sites.add(site)
         for name, value in metrics_of(node.get_value() if isinstance(node, Memory) else node).items():

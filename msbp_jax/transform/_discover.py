@@ -130,7 +130,7 @@ class _At:
 _MADE_ALIKE = frozenset({"psum", "psum_invariant", "pmax", "pmin", "all_gather", "all_gather_invariant"})
 
 
-# Those whose derivative is their own affair; what else has a body and is not known here is said to be so.
+# Primitives that keep their own derivative. Any other with a body that is not known here is reported as unknown.
 _OWN_DERIVATIVE = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vmap_call", "custom_linear_solve", "while"})
 
 
@@ -227,7 +227,7 @@ class _Walk:
         result = _scaled(eqn, inputs) or union(inputs)
         if eqn.primitive.name == "stop_gradient":
             result = result.stopped()
-        elif eqn.primitive.name in _MADE_ALIKE:  # the same on all devices, whatever it was made from
+        elif eqn.primitive.name in _MADE_ALIKE:  # the same on all devices, even if its inputs are not
             result = result.outside(*at.mesh_axes(_compat.axes_of_collective(eqn.params)))
         elif eqn.primitive.name == "axis_index":
             result = result.within(*at.mesh_axes(_compat.axes_of_collective(eqn.params)))
@@ -255,7 +255,7 @@ class _Walk:
         consts, carries = _compat.scan_arity(eqn.params)
         loop = (at.place, "")
         inner = at.within((loop, length))
-        # A carry that the body hands on untouched is a constant in all but name.
+        # A carry that the body returns unchanged is in effect a constant.
         handed_on = [body.jaxpr.outvars[i] is body.jaxpr.invars[consts + i] for i in range(carries)]
         fixed, carry, sliced = inputs[:consts], inputs[consts : consts + carries], inputs[consts + carries :]
         while True:
@@ -298,7 +298,7 @@ class _Walk:
 
     def _opaque(self, eqn: _compat.JaxprEqn, inputs: list[Source], at: _At) -> None:
         """Look into a body that is left alone, so that the report can name what is there."""
-        operands = inputs[1:] if eqn.primitive.name == "cond" else inputs  # not what chooses the branch
+        operands = inputs[1:] if eqn.primitive.name == "cond" else inputs  # without the one that chooses the branch
         for number, body in enumerate(_compat.jaxprs_in_params(eqn.params)):
             alike = len(body.invars) == len(operands)
             self.jaxpr(

@@ -35,7 +35,7 @@ class Placed:
     loops: tuple[Loop, ...]
 
 
-# By place, relative to the program or equation that they stand in.
+# By place, relative to the program or equation around them.
 type Placeds = Mapping[Place, Placed]
 type Sites = Mapping[Place, Site]
 
@@ -53,7 +53,7 @@ def evaluate(jaxpr: _compat.ClosedJaxpr, arguments: Sequence[Any], placed: Place
     inner = jaxpr.jaxpr
     env.update(zip(inner.constvars, jaxpr.consts, strict=True))
     env.update(zip(inner.invars, arguments, strict=True))
-    # Every equation with a site inside: the others are evaluated as they stand.
+    # The numbers of the equations that hold a site; the others are evaluated unchanged.
     with_sites = {place[0] for place in placed}
 
     def read(atom: Any) -> Any:
@@ -74,7 +74,7 @@ def evaluate(jaxpr: _compat.ClosedJaxpr, arguments: Sequence[Any], placed: Place
 def _equation(eqn: _compat.JaxprEqn, inputs: list[Any], placed: Placeds, sites: Sites) -> Sequence[Any]:
     """Evaluate an equation that is a site or has one inside."""
     if eqn.primitive.name in CONTRACTIONS:
-        operands = tuple(map(jnp.asarray, inputs))  # a constant of the program may be NumPy's
+        operands = tuple(map(jnp.asarray, inputs))  # a constant of the program may be a NumPy array
         return [sparse_contraction(placed[()].rule, operands, sites[()])]
     return _rebuilt(_Equation(eqn.primitive, eqn.params), tuple(placed.items()))(inputs, sites)
 
@@ -101,7 +101,7 @@ def _identity(value: Any) -> Any:
     try:
         hash(value)
     except TypeError:
-        return id(value)  # the equation holds it, so that no other can have its number
+        return id(value)  # unique, as the equation keeps the value alive
     return value
 
 
@@ -157,7 +157,7 @@ def _cond(params: dict[str, Any], placed: Placeds) -> Callable[[list[Any], Sites
     platforms = params.get("branches_platforms")
 
     def cond(inputs: list[Any], sites: Sites) -> list[Any]:
-        bits, kinds = keys_as_bits(sites)  # a vmap turns the whole into a select, which is a use of both its keys
+        bits, kinds = keys_as_bits(sites)  # under vmap a cond is a select, which counts as a use of both its keys
 
         def of_branch(number: int) -> Callable[[list[Any], Any], list[Any]]:
             return lambda inputs, bits: branches[number](inputs, _under(bits_as_keys(bits, kinds), number))
@@ -182,7 +182,7 @@ def _scan(params: dict[str, Any], placed: Placeds) -> Callable[[list[Any], Sites
     def scan(inputs: list[Any], sites: Sites) -> list[Any]:
         fixed, carry, sliced = inputs[:consts], inputs[consts : consts + carries], inputs[consts + carries :]
         shared = {place: site for place, site in sites.items() if place not in stacked}
-        # One memory for all steps; but each step draws with a key of its own.
+        # All steps share one memory, but each draws with a key of its own.
         keys = {p: [_keys_of_steps(leaf, length) for leaf in jax.tree.leaves(s.state)] for p, s in shared.items()}
 
         def body(carry: list[Any], now: tuple[list[Any], Sites, Any]) -> tuple[list[Any], list[Any]]:

@@ -90,7 +90,7 @@ class SparseNNXModule(nnx.Module):
 
     def __getattr__(self, name: str) -> Any:
         module = vars(self).get("module")
-        if module is None:  # not made yet, or being put together again
+        if module is None:  # before __init__ has run, or while a copy is made
             raise AttributeError(name)
         if not name.startswith("_") and inspect.isfunction(getattr(type(module), name, None)):
             return functools.partial(self._run, name)

@@ -101,7 +101,7 @@ class Program:
         for site in self.sparse_sites:
             state, carriers, observer = unwrap(site.name, memory[site.name])
             if site.is_empty or not site.found.moves:
-                continue  # no gradient comes there: it keeps its memory
+                continue  # no gradient reaches it, so its memory stays
             placed[site.found.place] = Placed(self._rule(site, observer), site.loops)
             states[site.found.place] = SiteState(state, _as_given(site, carriers))
         return self.rebuild(evaluate(self.jaxpr, self.arguments, placed, states))
@@ -179,7 +179,7 @@ def trace(
         result_structure.append((structure, fixed, [is_array(leaf) for leaf in results]))
         return [leaf for leaf in results if is_array(leaf)]
 
-    with jax.disable_jit(False):  # else loops are unrolled, and their sites are others
+    with jax.disable_jit(False):  # without jit, loops are unrolled, which changes the sites
         jaxpr = _compat.make_jaxpr(flat_function, (leaves, traced), any_axes=memory is None)
     structure, fixed, are_arrays = result_structure[-1]
 
@@ -218,7 +218,7 @@ def trace(
 
 def _is_concrete_scalar(leaf: Any) -> bool:
     """Whether a leaf is a number whose value a function may ask for."""
-    if isinstance(leaf, np.ndarray):  # one with a fraction would become a constant of the program, and no data
+    if isinstance(leaf, np.ndarray):  # a float would become a constant of the program instead of data
         return leaf.shape == () and leaf.dtype.kind in "bui"
     concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, _compat.Tracer)
     return concrete and leaf.shape == () and not _compat.is_key(leaf)

@@ -154,7 +154,7 @@ def _fastest(site: Site, p: Format) -> str:
 
 def _warning(site: Site, p: Format, paths: list[Path], backend: str | None) -> str:
     layer = _layer(site, p)
-    # A part that keeps everything is dense because it was asked to be.
+    # A part that keeps everything is dense on purpose.
     whole = [q for q, path in zip(p.parts, paths, strict=True) if path is Path.DENSE and q.kept_share() != 1]
     if not whole:
         return warning(layer, backend) if layer is not None and paths == [Path.ROWS, Path.ROWS] else ""

@@ -135,7 +135,7 @@ def name_sites(
     """
     uses: collections.Counter[str] = collections.Counter()
     names = {}
-    # Those that are left alone come last, so that a branch for another platform takes no name from the one that runs.
+    # Those that are left alone are named last: a branch for another platform must not take the name of one that runs.
     for contraction in sorted(found, key=lambda contraction: bool(contraction.sealed)):
         name = _name(contraction, parameters)
         uses[name] += 1
@@ -179,7 +179,7 @@ def check_memory(memory: Any, sites: Sequence[Site], parameters: Sequence[str] =
     differences = [
         line
         for name, site in sparse.items()
-        if not site.is_empty  # where there are no rows, a memory by row may be of any number of them
+        if not site.is_empty  # without rows, a memory by row may have any number of them
         for line in _differences(name, wanted[name], given[name])
     ]
     if differences:
@@ -226,7 +226,7 @@ def _name(found: Found, parameters: Sequence[tuple[str, int]]) -> str:
     if found.side is None:
         return f"@{found.primitive}"
     source = found.lhs_source if found.side == "lhs" else found.rhs_source
-    # A weight put together from several leaves (a low-rank update, a scale) is named after the largest.
+    # A weight made from several leaves (a low-rank update, a scale) is named after the largest.
     return min((-parameters[leaf][1], leaf, parameters[leaf][0]) for leaf in source.parameters)[2]
 
 
@@ -288,7 +288,7 @@ def _operation(found: Found, side: Side) -> tuple[Operation | None, Dims, str]:
 def _serving(sparsifier: Sparsifier, where: Where) -> Sparsifier | Stays:
     serves = serving(sparsifier, where)
     if isinstance(serves, Sparsifier):
-        abstract_norms(serves.wants, where.cotangent)  # raises where there is nothing of a name
+        abstract_norms(serves.wants, where.cotangent)  # raises if it wants something that does not exist
     return serves
 
 

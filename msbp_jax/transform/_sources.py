@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable
 
-# A scan, by its place in the program and ""; or an axis of the devices of a shard_map, by the place and its name.
+# Of a scan: its place in the program and "". Of an axis of a shard_map's mesh: the place and the axis's name.
 type LoopId = tuple[tuple[int, ...], str]
 
 

@@ -158,7 +158,7 @@ def _check_memory_name(function: Any, name: Any) -> None:
         raise ValueError(f"memory_name must be the name of a keyword argument, got {name!r}.")
     try:
         parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # built in
+    except (TypeError, ValueError):  # a built-in function may have no signature
         return
     if name in parameters:
         raise ValueError(

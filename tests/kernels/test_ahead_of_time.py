@@ -52,7 +52,7 @@ def test_compile_for_every_chip(platform):
 def check_budget(platform, row):
     """Hold a layer of 8,192 rows, inputs and outputs at density 1/16, bfloat16, to its memory beside arguments."""
     whole = 8192 * 8192 * 2
-    # The weight turned round or in words, once and in parts; the products of dw that stay in the cache; scores.
+    # The weight transposed or in words, once and in parts; the products of dw that stay in the cache; scores.
     limit = {"grad_input": (2 if platform == "tpu" else 1) * whole, "grad_weight": 32 * 2**20}
     allowed = limit.get(row["program"].split(",")[0], 0) + 8 * 2**20
     assert row["temporary_bytes"] <= allowed, row

@@ -20,7 +20,7 @@ def expected_speed_up(layer: Layer, backend: str | None = None) -> float:
     chosen = backend or fastest_first(layer)[0]
     plain = expected_seconds("plain", layer)
     products = expected_seconds(chosen, layer)
-    if chosen == "dense":  # the plain products, and more
+    if chosen == "dense":  # it runs the plain products, on a matrix that it makes first
         products = max(products, plain)
     return plain / (expected_seconds("select", layer) + products)
 

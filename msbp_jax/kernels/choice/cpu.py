@@ -10,7 +10,7 @@ from __future__ import annotations
 from msbp_jax.formats import Size
 from msbp_jax.kernels.choice.layer import Layer
 
-# Seconds for a call, and for each unit of the work in `work`, in its order.
+# Seconds for a call, then for a unit of each kind of work, in the order of `work`.
 COEFFICIENTS: dict[str, tuple[float, ...]] = {
     "native, lists": (2.8e-05, 5.48e-11, 8.51e-09, 5.08e-10),
     "native, groups": (3.03e-05, 2.62e-11, 2.08e-10, 5.08e-10),

@@ -12,10 +12,10 @@ from msbp_jax.kernels.choice import cpu, roofline, target
 from msbp_jax.kernels.choice.layer import Layer
 from msbp_jax.kernels.native import calls as native_calls
 
-# From so many rows on, a choice is worth the kernels of an accelerator: with fewer, most of a tile would be empty.
+# So many rows must share a choice for an accelerator's kernels to pay: with fewer, most of a tile would be empty.
 SHARED_ROWS = 16
 
-# Dense is taken where it is faster by this much, not at a tie: it holds a matrix that the sparse paths do without.
+# How much faster dense must be to be taken: it holds a matrix that the sparse paths do without.
 DENSE_MARGIN = 1.15
 
 

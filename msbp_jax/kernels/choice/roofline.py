@@ -24,7 +24,7 @@ class Chip(NamedTuple):
     bytes_moved: float
 
 
-# By a part of the name that JAX gives the device; the first that fits.
+# By a part of JAX's name of the device; the first match counts.
 CHIPS: Final = {
     "H200": Chip(989e12, 4.8e12),
     "H100": Chip(989e12, 3.35e12),
@@ -37,13 +37,13 @@ CHIPS: Final = {
 }
 _OTHERS: Final = {"gpu": CHIPS["A100"], "tpu": CHIPS["TPU v5 lite"]}
 
-# What a matrix product reaches of the published rate: in XLA's, and in the kernels of this package.
+# The share of the published rate that a matrix product reaches: XLA's, and that of this package's kernels.
 _XLA_REACHES, _KERNELS_REACH = 0.75, 0.6
 _CALL_SECONDS = 5e-6
 _CACHE_SPEED = 3.0  # a second-level cache's bandwidth over main memory's
 _ENTRY = 2  # bytes of an entry: bfloat16
-_SUM = 4  # and of a sum
-# A TPU: starting the copy of a row of wᵀ, and adding a row of 1,024 numbers to a tile of dw.
+_SUM = 4  # bytes of a sum: float32
+# Seconds on a TPU to start the copy of a row of wᵀ, and to add a row of 1,024 numbers to a tile of dw.
 _COPY_SECONDS, _ADD_SECONDS = 2e-8, 4e-9
 
 

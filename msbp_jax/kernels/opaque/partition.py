@@ -114,7 +114,7 @@ class _Cut:
 
     def __init__(self, rule: str, rows: int, group: int) -> None:
         self.one_group = one_group = group >= rows
-        # Groups are split where they go evenly into all devices, whatever the mesh; else XLA is told of no common axis.
+        # The mesh is not known yet. Unless groups divide evenly among all devices, XLA is told of no common axis.
         even = one_group or rows % (group * jax.device_count()) == 0
         axis = "g" if group == 1 or one_group else "(g r)"
         names = {"values": "e g k" if one_group else "g s k" if group == 1 else "g r k", "rows": axis}

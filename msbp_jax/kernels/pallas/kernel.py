@@ -15,11 +15,11 @@ from msbp_jax import _compat
 from msbp_jax._compat._pallas import pallas, pallas_tpu, pallas_triton
 from msbp_jax.kernels.choice import target
 
-# What a TPU kernel may use of the fast memory beside the matrix unit: the smallest of the generations has 64 MiB.
+# What a TPU kernel may use of the fast memory (VMEM): the generation with the least has 64 MiB.
 VMEM_BYTES: Final = 48 * 2**20
 _VMEM: Final = pallas_tpu.VMEM
 
-# How a kernel runs where its platform is not at hand. Tests put `InterpretParams(detect_races=True)` here.
+# How a kernel is interpreted where its platform is missing. Tests put `InterpretParams(detect_races=True)` here.
 INTERPRET: dict[str, Any] = {"tpu": True, "gpu": True}
 
 
@@ -74,7 +74,7 @@ class Kernel:
     def _call(self, interpret: Any, *operands: jax.Array) -> list[jax.Array]:
         if self.platform == "tpu" and (needed := self.fast_memory(operands)) > VMEM_BYTES:
             raise NotImplementedError(f"{self.name} would take {needed} bytes of fast memory, of {VMEM_BYTES}")
-        self.body.__name__ = self.name  # by which a GPU's profiler knows it
+        self.body.__name__ = self.name  # what a GPU's profiler shows
         arrays = [*self.results, *((operand.shape, operand.dtype) for operand in operands)]
         moved = self.bytes_moved or sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in arrays)
         function = pallas.pallas_call(

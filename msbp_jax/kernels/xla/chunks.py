@@ -6,8 +6,8 @@ from msbp_jax import _compat
 from msbp_jax.formats import Size
 from msbp_jax.kernels.choice import target
 
-# A gathered or not yet scattered block may take this much. Blocks of this size still fit the last-level cache of the
-# machines measured (32 MiB); much smaller ones lose more to the loop than they win.
+# The most that a block of gathered rows, or of rows to be scattered, may take. Such blocks still fit the last-level
+# cache of the machines measured (32 MiB); with much smaller ones, the loop costs more than the cache saves.
 BUDGET_BYTES = 16 * 2**20
 # Accelerators want few large calls, and have no cache that a block would fit.
 ACCELERATOR_BUDGET_BYTES = 2**30

@@ -23,6 +23,6 @@ def dot(lhs: Float[Array, ...], rhs: Float[Array, ...], numbers: Any, precision:
     """
     accumulator = accumulation_dtype(lhs.dtype, rhs.dtype)
     if target.platform() == "cpu":
-        # XLA would widen them itself, but for some programs, which it then cannot run: BF16 x BF16 = F32.
+        # XLA widens them itself in most programs; the others it cannot run on a CPU: BF16 x BF16 = F32.
         lhs, rhs, dtype = lhs.astype(accumulator), rhs.astype(accumulator), accumulator
     return lax.dot_general(lhs, rhs, numbers, precision=precision, preferred_element_type=dtype or accumulator)

@@ -45,7 +45,7 @@ def _product(
     kind = common_dtype(values.dtype, w.dtype)
     height, width = power_of_two(r, _ROWS), power_of_two(m, _COLUMNS)
     depth = power_of_two(k, _DEPTH_BYTES // kind.itemsize)
-    # Padded with zeros that meet a row which the group has anyway.
+    # Padded values are 0, and padded indices repeat the group's last one, so that no other row is read.
     values, w = padded(values, 1, height, depth), padded(w, 1, width)
     index = padded(index, 1, depth, mode="edge")
     grid = groups, w.shape[1] // width, values.shape[1] // height

@@ -75,7 +75,7 @@ def _product(
     words = _words(padded(w, 1, halves * width), width) if halves == 2 else padded(w, 1, width)
     depth = min(_LANES, -(-k // 8) * 8)
     height = tile_of(r, _ROWS, 16)
-    # Padded with zeros that meet a row which the group has anyway.
+    # Padded values are 0, and padded indices repeat the group's last one, so that no other row is read.
     values = padded(values, 1, height, depth)
     index = padded(index, 1, depth, mode="edge")[:, None]
     grid = groups, words.shape[1] // width, values.shape[1] // height, values.shape[2] // depth

@@ -49,7 +49,7 @@ def _product(
 ) -> Float[Array, ...]:
     groups, r, k = values.shape
     m = x.shape[1]
-    parts = min(_SUBLANES, -(-m // _LANES))  # registers' rows that a tile of m fills
+    parts = min(_SUBLANES, -(-m // _LANES))  # rows of a register that a tile of m takes
     width = parts * _LANES
     most = _TILE_BYTES // (_SUBLANES * _LANES * 4 + 2 * width * jnp.dtype(dtype).itemsize)
     height = tile_of(n, most // _LANES * _LANES, _LANES)
@@ -86,7 +86,7 @@ def _product(
 
             def add(j: jax.Array, _: None) -> None:
                 row = index_ref[0, 0, j] - low
-                # Rows of another tile go to one after the last: cheaper than a branch.
+                # Rows of another tile are added to a spare row after the tile: cheaper than a branch.
                 total_ref[jnp.where((row >= 0) & (row < height), row, height)] += rows_ref[j]
 
             lax.fori_loop(0, depth, add, None, unroll=8)

@@ -54,7 +54,7 @@ def _pays_to_spread(kept: Size, n: int, result_bytes: int) -> bool:
 
 def _slots(index: Int[Array, "G k"], n: int) -> Int[Array, " n"]:
     """Number the columns that some group keeps, from 0; the others are -1."""
-    if index.shape[0] == 1:  # distinct: the place in `index` is the number
+    if index.shape[0] == 1:  # its columns are distinct, so their places number them
         places = jnp.arange(index.shape[1], dtype=jnp.int32)
         return jnp.full((n,), -1, jnp.int32).at[index[0]].set(places, unique_indices=True, mode="promise_in_bounds")
     used = jnp.zeros((n,), bool).at[index.reshape(-1)].set(True, mode="promise_in_bounds")

@@ -70,7 +70,7 @@ def _best(scores: Float[Array, "G n"], k: int) -> Int[Array, "G k"]:
                 start + jnp.cumsum(mask) - mask for start, mask in zip(before, (above, tie), strict=True)
             )
             kept = (above > 0) | ((tie > 0) & (ties_before < ties_kept))
-            # The others all write to one place after the last, which is cut off.
+            # Columns that are not kept are written to one place after the last, which is cut off.
             place = jnp.where(kept, above_before + jnp.minimum(ties_before, ties_kept), k)
             index_ref[group, place] = tile * width + lax.broadcasted_iota(jnp.int32, (width,), 0)
             return before[0] + jnp.sum(above), before[1] + jnp.sum(tie)

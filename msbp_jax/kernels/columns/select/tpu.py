@@ -24,7 +24,7 @@ from msbp_jax.kernels.pallas.tiles import padded, tile_of
 from msbp_jax.kernels.residual import Remembered
 
 _LANES = 128
-_GROUPS = 8  # of which places are found at once: the sublanes of a register
+_GROUPS = 8  # whose places are found at once: one for each sublane of a register
 _BLOCK_BYTES = 2 * 2**20
 
 
@@ -129,7 +129,7 @@ def _moved(
                 return lax.dot_general(ones, target, over, preferred_element_type=jnp.float32).astype(jnp.int32)
 
             u = g_ref[0, :, lanes].astype(jnp.float32)
-            if remembered_refs:  # rows that fill up the last group are not live
+            if remembered_refs:  # rows that pad the last group are not live
                 live_ref, memory_ref = remembered_refs
                 u = jnp.where(live_ref[0] > 0, u + memory_ref[0, :, lanes], jnp.zeros((), u.dtype))
             bits = _bits(u.astype(g.dtype).astype(jnp.float32))
