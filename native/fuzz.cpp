@@ -54,7 +54,7 @@ float from_bfloat16(uint16_t x) {
   return y;
 }
 
-// A heap block of exactly `count` entries: one byte too far is seen.
+// A heap block of exactly `count` entries, so that sanitizers see an access one byte too far.
 template <typename T>
 using Block = std::unique_ptr<T[]>;
 
@@ -96,7 +96,7 @@ void demand(bool holds, const char* what, const Kernels& kernels, const Select& 
 
 double magnitude(float x) { return std::isnan(x) ? INFINITY : std::fabs(static_cast<double>(x)); }
 
-// The k best columns of a group, where the scores are far enough apart to say; else what the kernel chose.
+// Whether these are the k best columns of a group, unless scores are too close to tell.
 bool chosen_well(const std::vector<double>& scores, const int32_t* index, int64_t k, bool exact) {
   std::vector<bool> kept(scores.size());
   double worst = INFINITY, best = -1;
@@ -165,7 +165,7 @@ void once(const Kernels& kernels, Pool& pool) {
     bool broken = false;
     for (int64_t i = group * s.r; i < std::min(s.rows, (group + 1) * s.r); ++i)
       for (int64_t j = 0; j < s.n; ++j) scores[j] += magnitude(u(i, j)), broken |= !std::isfinite(u(i, j));
-    // NaN stands above infinity, which one double cannot say: with such entries only the shape of the choice is checked.
+    // NaN ranks above infinity, which no double expresses: with such entries only the shape of the choice is checked.
     std::vector<double> flat(s.n);
     demand(chosen_well(broken ? flat : scores, kept, s.k, !broken && (s.r == 1 || kind == 1)), "select",
            kernels, s);
@@ -190,7 +190,7 @@ void once(const Kernels& kernels, Pool& pool) {
   if (with_memory && !s.by_slot) demand(live[0] == count, "number of rows", kernels, s);
   for (int64_t i = 0; with_memory && s.by_slot && i < s.rows; ++i)
     demand(live[i] == (takes_part[i] ? 1.0f : 0.0f), "which rows", kernels, s);
-  if (kind == 2) return;  // NaN spreads differently through sums of other orders
+  if (kind == 2) return;  // sums in another order spread NaN differently
 
   Product p{};
   p.values = values.get(), p.index = index.get();

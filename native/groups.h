@@ -11,9 +11,9 @@ namespace {
 constexpr int kPanelVectors = 2;
 constexpr int64_t kPanel = kPanelVectors * VL;  // columns of a register block
 #if MSBP_VECTOR_FLOATS >= 16
-constexpr int kBlockRows = 12;  // rows of a register block: 32 registers
+constexpr int kBlockRows = 12;  // rows of a register block, of 32 registers
 #elif MSBP_VECTOR_FLOATS >= 8
-constexpr int kBlockRows = 6;  // 16 registers
+constexpr int kBlockRows = 6;  // of 16 registers
 #else
 constexpr int kBlockRows = 4;
 #endif
@@ -70,14 +70,14 @@ struct Blocks {
   int64_t size(int64_t block) const { return begin(block + 1) - begin(block); }
 };
 
-// The values of a group in the order in which the products read them, as float32: block after block of rows (or, turned
-// round, of kept features), and in a block step after step. Every tile reads them, so they are packed once.
-template <bool kTurned, typename Value>
+// The values of a group as float32, in the order in which the products read them: block after block of rows (of kept
+// features if transposed), and within a block step after step. Every tile reads them, so they are packed once.
+template <bool kTransposed, typename Value>
 const float* packed(const msbp::Product& p, msbp::Pool& pool) {
   const Value* values = static_cast<const Value*>(p.values);
   float* all = scratch<float>(msbp::Slot::kValues, p.groups * p.r * p.k);
-  const Blocks blocks(kTurned ? p.k : p.r);
-  const int64_t length = kTurned ? p.r : p.k;
+  const Blocks blocks(kTransposed ? p.k : p.r);
+  const int64_t length = kTransposed ? p.r : p.k;
   parallel(pool, p.groups * blocks.number, [&](int64_t task) {
     const int64_t group = task / blocks.number, block = task % blocks.number;
     const int64_t begin = blocks.begin(block), size = blocks.size(block);
@@ -85,7 +85,7 @@ const float* packed(const msbp::Product& p, msbp::Pool& pool) {
     float* out = all + group * p.r * p.k + begin * length;
     for (int64_t t = 0; t < length; ++t)
       for (int64_t q = 0; q < size; ++q)
-        *out++ = widen(kTurned ? in[t * p.k + begin + q] : in[(begin + q) * p.k + t]);
+        *out++ = widen(kTransposed ? in[t * p.k + begin + q] : in[(begin + q) * p.k + t]);
   });
   return all;
 }
@@ -110,7 +110,7 @@ void grad_input_by_groups(const msbp::Product& p, msbp::Pool& pool) {
           for (int v = 0; v < kPanelVectors; ++v) store(panel + e * kPanel + v * VL, load(row + v * VL));
         }
         for (int64_t block = 0; block < blocks.number; ++block) {
-          float unused[kPanel];  // for the rows that fill up the last group
+          float unused[kPanel];  // for the rows that pad the last group
           float* out[kBlockRows];
           for (int64_t q = 0; q < blocks.size(block); ++q) {
             const int64_t i = group * p.r + blocks.begin(block) + q;

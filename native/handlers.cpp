@@ -63,8 +63,8 @@ struct Operand {
 class Check {
  public:
   void dtype(const Operand& a, std::initializer_list<ffi::DataType> allowed, const char* expected) {
-    for (const ffi::DataType one : allowed)
-      if (a.dtype == one) return;
+    for (const ffi::DataType type : allowed)
+      if (a.dtype == type) return;
     fail(std::string(a.name) + " must be " + expected + ", got XLA's element type " +
          std::to_string(static_cast<int>(a.dtype)));
   }
@@ -143,9 +143,9 @@ ffi::Error select(ffi::ThreadPool threads, const Operand& g, const Operand* memo
     check.shape(*memory, shape);
     check.shape(*left, shape);
     check.shape(*live, by_slot ? std::vector<int64_t>{rows, 1} : std::vector<int64_t>{1});
-    for (const Operand* one : {memory, left, live}) {
-      check.dtype(*one, {ffi::DataType::F32}, "float32");
-      check.batch(*one, values.batch);
+    for (const Operand* operand : {memory, left, live}) {
+      check.dtype(*operand, {ffi::DataType::F32}, "float32");
+      check.batch(*operand, values.batch);
     }
   }
   const Kernels* kernels = kernels_of(instruction_set, check);
@@ -223,19 +223,19 @@ ffi::Error multiply(ffi::ThreadPool threads, ffi::AnyBuffer values_, ffi::AnyBuf
   const Kernels* kernels = kernels_of(instruction_set, check);
   if (!check.good()) return check.error();
   const auto* places = reinterpret_cast<const int32_t*>(index.data);
-  uint32_t largest = 0;  // a negative one is larger than all
+  uint32_t largest = 0;  // unsigned, so that a negative index is the largest
   const int64_t entries = product(index.batch) * p.groups * p.k;
   for (int64_t e = 0; e < entries; ++e) largest = static_cast<uint32_t>(places[e]) > largest ? places[e] : largest;
   check.range("index", static_cast<int32_t>(largest), 0, p.n - 1);
   if (!check.good()) return check.error();
   XlaPool pool(threads, p.rows * p.k * p.m / 8 + p.m * p.n + p.rows * p.m);
   return for_each_of_batch(out.batch, [&](int64_t b) {
-    Product one = p;
-    one.values = values.at(b, out.batch);
-    one.index = reinterpret_cast<const int32_t*>(index.at(b, out.batch));
-    one.other = other.at(b, out.batch);
-    one.out = reinterpret_cast<float*>(out.at(b, out.batch));
-    weight ? kernels->grad_weight(one, pool) : kernels->grad_input(one, pool);
+    Product element = p;
+    element.values = values.at(b, out.batch);
+    element.index = reinterpret_cast<const int32_t*>(index.at(b, out.batch));
+    element.other = other.at(b, out.batch);
+    element.out = reinterpret_cast<float*>(out.at(b, out.batch));
+    weight ? kernels->grad_weight(element, pool) : kernels->grad_input(element, pool);
   });
 }
 

@@ -15,7 +15,7 @@
 
 namespace {
 
-// Sharing a load of the weight among a group's rows pays from a few rows on, later if there is little to load.
+// Groups load the weight once for all their rows, which pays from a few rows on, later if there is little to load.
 bool by_lists(const msbp::Product& p) { return p.r < 8 || (p.r < 16 && p.k < 64); }
 
 template <typename Value, typename Other>

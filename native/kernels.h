@@ -14,8 +14,8 @@ class Pool {
   virtual void run(int64_t tasks, void (*task)(void*, int64_t), void* context) = 0;
 };
 
-// Memory that a thread keeps from call to call, since fresh pages cost more than what is done in them. `slot` tells
-// blocks in use at the same time apart. 64-byte aligned; contents undefined.
+// Memory that a thread keeps from call to call, since fresh pages cost more than the work done in them. Blocks that are
+// in use at the same time have different slots. 64-byte aligned; contents undefined.
 enum class Slot { kTile, kResult, kRow, kLists, kOffsets, kColumns, kPartials, kValues, kCount };
 void* scratch(Slot slot, size_t bytes);
 
@@ -30,7 +30,7 @@ struct Select {
   void* values;       // [groups, r, k]
   int32_t* index;     // [groups, k], ascending
   float* left;        // like memory: u without its kept entries, where it is finite, added up over rows unless by_slot
-  float* live;        // how many rows took part, [1]; if by_slot, which, [rows]
+  float* live;        // how many rows took part, [1]; if by_slot, 1 for each that did, [rows]
 };
 
 // dx = p wT (other = w, out = dx [rows, m]) or dw = xT p (other = x [rows, m], out = dw).

@@ -1,5 +1,5 @@
 // The thread pool of XLA as the kernels' pool. The calling thread works too, and waits only for tasks that have begun, so
-// that a pool whose threads are all busy costs speed and never progress.
+// that it is slower, but never stuck, if all threads of the pool are busy.
 #pragma once
 
 #include <atomic>
@@ -14,7 +14,7 @@ namespace msbp {
 
 class XlaPool final : public Pool {
  public:
-  // `work` is a rough count of vector operations; below some 20 microseconds of it, waking a thread costs more than it does.
+  // `work` is a rough count of vector operations; below some 20 microseconds of it, waking a thread does not pay.
   XlaPool(xla::ffi::ThreadPool pool, int64_t work) : pool_(pool), threads_(pool.num_threads()) {
     if (threads_ < 1 || work < kWorthSharing) threads_ = 1;
   }
@@ -44,7 +44,7 @@ class XlaPool final : public Pool {
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
         try {
           task(context, i);
-        } catch (const std::exception&) {  // only memory can run out
+        } catch (const std::exception&) {  // the only failure is that memory runs out
           failed.store(true, std::memory_order_release);
         }
         finished.fetch_add(1, std::memory_order_acq_rel);

@@ -32,7 +32,7 @@ void* scratch(Slot slot, size_t bytes) {
   if (bytes > block.bytes || block.data == nullptr) {
     std::free(block.data);
     block = {};
-    // Large pages, where the system has them: a tile in small ones has as many as the first-level translation buffer.
+    // Large pages, where the system has them: in small ones, a tile takes all entries of the first-level TLB.
     const size_t page = bytes > (size_t{1} << 16) ? size_t{1} << 21 : size_t{1} << 12;
     const size_t rounded = (bytes + page - 1) / page * page;
     void* data = std::aligned_alloc(page, rounded == 0 ? page : rounded);

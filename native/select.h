@@ -38,7 +38,7 @@ struct Selection {
   int64_t end_of(int64_t group) const { return least(s.rows, (group + 1) * s.r); }
   bool means() const { return s.memory && !s.by_slot; }
 
-  // Whether there is a memory, and row i of g takes no part in it. The first entries of a row tell, of most rows.
+  // Whether there is a memory in which row i of g takes no part. For most rows, the first entries tell.
   MSBP_INLINE bool idle(int64_t i) const {
     if (!s.memory) return false;
     const T* x = row(i);
@@ -79,7 +79,7 @@ struct Selection {
 
   void one_row(int64_t i, float* left, Guess& guess, float* space) const {
     const int64_t n = s.n;
-    float* own = space;
+    float* stored = space;
     int32_t* bits = reinterpret_cast<int32_t*>(space + n + 16);
     int32_t* where = bits + n + 16;
     if (idle(i)) {
@@ -89,7 +89,7 @@ struct Selection {
     }
     const T* gradient = row(i);
     const float* m = memory(i);
-    const float* u = own;
+    const float* u = stored;
     if constexpr (sizeof(T) == sizeof(float)) {
       if (!m) u = gradient;
     }
@@ -97,13 +97,13 @@ struct Selection {
     int64_t j = 0;
     for (; j + 2 * VL <= n; j += 2 * VL) {
       const Floats x = at(gradient, m, j), y = at(gradient, m, j + VL);
-      if (u == own) store(own + j, x), store(own + j + VL, y);
+      if (u == stored) store(stored + j, x), store(stored + j + VL, y);
       a += magnitude(x), b += magnitude(y);
     }
     float total = sum(a + b);
     for (; j < n; ++j) {
       const float x = widen(gradient[j]) + (m ? m[j] : 0.0f);
-      if (u == own) own[j] = x;
+      if (u == stored) stored[j] = x;
       total += from_bits(magnitude_bits(x));
     }
     int32_t* index = s.index + i * s.k;
@@ -114,15 +114,15 @@ struct Selection {
       return;
     }
     for (int64_t c = 0; c < s.k; ++c) {
-      narrow(own[index[c]], &kept[c]);
-      own[index[c]] = 0;
+      narrow(stored[index[c]], &kept[c]);
+      stored[index[c]] = 0;
     }
     if (s.by_slot) {
       s.live[i] = 1;
-      keep_slot(own, s.left + i * n);
+      keep_slot(stored, s.left + i * n);
     } else {
       left[n] += 1;
-      add_finite(own, left);
+      add_finite(stored, left);
     }
   }
 
@@ -138,8 +138,8 @@ struct Selection {
     for (; j < s.n; ++j) out[j] = finite_or_zero(left[j]);
   }
 
-  // Add |u| of those of rows [begin, end) that take part to `scores`, and u where it is finite to `sums` and their number
-  // behind it, four rows at a time.
+  // Of the rows [begin, end) that take part, add |u| to `scores`, and finite entries of u to `sums`, whose last entry
+  // counts the rows. Four rows at a time.
   void add_rows(int64_t begin, int64_t end, float* scores, float* sums) const {
     int64_t some[4], count = 0;
     for (int64_t i = begin; i < end; ++i) {
@@ -214,7 +214,7 @@ struct Selection {
     left[s.n] += sums[s.n];
   }
 
-  // The kept entries of row i, and what is left of it for its own memory; zeros for rows that take no part or fill up the
+  // The kept entries of row i, and what is left of it for its own memory; zeros for rows that take no part or pad the
   // last group.
   void take_row(int64_t group, int64_t i, int32_t* space) const {
     const int32_t* index = s.index + group * s.k;
@@ -245,7 +245,7 @@ struct Selection {
     keep_slot(u, s.left + i * s.n);
   }
 
-  // Groups too few to share among threads: their rows are, in blocks whose sums are then added in order.
+  // Too few groups to share among threads: their rows are shared, in blocks whose sums are then added in order.
   void few_large_groups(msbp::Pool& pool) const {
     const int64_t n = s.n, blocks = ceil_div(s.r, kSplitRows), size = means() ? n + stride() : n;
     float* partials = scratch<float>(msbp::Slot::kPartials, groups * blocks * size + stride());
@@ -272,9 +272,9 @@ struct Selection {
     }
     parallel(pool, groups * blocks, [&](int64_t task) {
       const int64_t group = task / blocks, begin = group * s.r + task % blocks * kSplitRows;
-      float* own = scratch<float>(msbp::Slot::kRow, 4 * n + 65);
+      float* row_space = scratch<float>(msbp::Slot::kRow, 4 * n + 65);
       for (int64_t i = begin; i < least(begin + kSplitRows, (group + 1) * s.r); ++i)
-        take_row(group, i, reinterpret_cast<int32_t*>(own));
+        take_row(group, i, reinterpret_cast<int32_t*>(row_space));
     });
     if (means()) finish_memory(left, 1);
   }

@@ -64,7 +64,7 @@ MSBP_INLINE void transpose(const T* in, int64_t in_stride, int64_t height, int64
     for (int64_t j = 0; j < width; ++j) out[j * out_stride + i] = widen(in[i * in_stride + j]);
 }
 
-// Rows of a tile lie far apart in the array it is taken from, where no processor guesses the next: ask for it in time.
+// Rows of a tile lie far apart in the array, so the processor does not prefetch them: fetch this many rows ahead.
 constexpr int64_t kAhead = 16;
 
 template <typename T>
@@ -73,7 +73,7 @@ MSBP_INLINE void prefetch(const T* row, int64_t width) {
     __builtin_prefetch(reinterpret_cast<const char*>(row) + byte);
 }
 
-// Copy `width` floats, and fill up to `padded` with zeros.
+// Copy `width` floats, padded with zeros to `padded`.
 template <typename T>
 MSBP_INLINE void copy_row(const T* in, int64_t width, float* out, int64_t padded) {
   int64_t j = 0;
@@ -88,7 +88,7 @@ struct Features {
   const int32_t* columns;  // [count], ascending; null for all
   const int32_t* place;    // [n]; null for all
 
-  // Those used at all where they are few, which spares reading the others; `index` has `entries` of them.
+  // Only those that are used, if they are few, which spares reading the others. `index` has `entries` entries.
   static Features used(const int32_t* index, int64_t entries, int64_t n) {
     if (entries >= n) return {n, nullptr, nullptr};
     int32_t* columns = scratch<int32_t>(msbp::Slot::kColumns, 2 * n);
@@ -156,8 +156,8 @@ MSBP_INLINE void unpack_gradient(const float* tile, int64_t tile_floats, const F
   }
 }
 
-// How many floats wide the tiles are: as many as fit a second-level cache `height` times, and so few that there are
-// `wanted` of them to share out, which evens out what the threads get.
+// The width of the tiles in floats: as wide as `height` rows fit the second-level cache, but narrow enough that there
+// are `wanted` tiles, so that threads get even shares.
 MSBP_INLINE int64_t tile_width(int64_t height, int64_t m, int64_t wanted) {
   constexpr int64_t kCacheFloats = 160 * 1024;
   int64_t width = kTileFloats;

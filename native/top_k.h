@@ -28,8 +28,8 @@ struct PackTable {
 constexpr PackTable kPack;
 #endif
 
-// How many entries of x[0, n) reach `threshold` (> 0), with a bit for each that does, 32 a word, where there is a way to
-// get them at once; pack_reaching then need not look at the others again.
+// How many entries of x[0, n) reach `threshold` (> 0). With AVX2, `reached` gets a bit for each that does, 32 a word,
+// so that pack_reaching need not look at the others again.
 MSBP_INLINE int64_t count_reaching(const float* x, int64_t n, int32_t threshold, uint32_t* reached) {
   int64_t total = 0, j = 0;
 #ifdef __AVX2__
@@ -63,7 +63,7 @@ MSBP_INLINE int64_t count_reaching(const float* x, int64_t n, int32_t threshold,
   return total;
 }
 
-// Pack the magnitudes (as bits) that reach `threshold`, and where they stand; both need 16 places more than there are.
+// Pack the magnitudes (as bits) that reach `threshold`, and where they stand; both need 16 places more than are found.
 MSBP_INLINE int64_t pack_reaching(const float* x, int64_t n, int32_t threshold, const uint32_t* reached, int32_t* bits,
                                   int32_t* where) {
   int64_t found = 0;
@@ -72,7 +72,7 @@ MSBP_INLINE int64_t pack_reaching(const float* x, int64_t n, int32_t threshold, 
   for (int64_t first = 0; first < n; first += 32) {
     uint32_t word = reached[first / 32];
     const int64_t end = found + __builtin_popcount(word);
-    // Most words have few bits: write four without asking, and let the next word overwrite those that were not there.
+    // Most words have few bits: write four without a test, and let the next word overwrite those that do not count.
     do {
       for (int q = 0; q < 4; ++q) {
         where[found + q] = static_cast<int32_t>(first + _tzcnt_u32(word));
@@ -135,7 +135,7 @@ MSBP_INLINE int32_t largest_packed(const int32_t* bits, int64_t n) {
   return largest;
 }
 
-// What the rows so far tell the next: the threshold over the mean magnitude.
+// What earlier rows teach: the threshold over the mean magnitude.
 struct Guess {
   float ratio = 0;
 
