@@ -58,7 +58,7 @@ def test_a_part_that_is_done_is_skipped(tmp_path, measure, capsys):
 
 
 @pytest.mark.parametrize(
-    ("machine", "settings", "how"),
+    ("machine", "settings", "options"),
     [
         ({"jax": "2"}, {"rounds": 7}, {}),
         ({"jax": "1"}, {"rounds": 1}, {}),
@@ -67,9 +67,9 @@ def test_a_part_that_is_done_is_skipped(tmp_path, measure, capsys):
     ],
     ids=["another machine", "other settings", "again", "too old"],
 )
-def test_what_is_not_the_same_is_measured_again(tmp_path, measure, machine, settings, how):
+def test_what_is_not_the_same_is_measured_again(tmp_path, measure, machine, settings, options):
     Records(tmp_path, {"jax": "1"}).run("a", {"rounds": 7}, measure)
-    rows = Records(tmp_path, machine, **how).run("a", settings, measure)
+    rows = Records(tmp_path, machine, **options).run("a", settings, measure)
     assert measure.runs == 2
     assert finished(tmp_path)["a"]["rows"] == rows == [{"row": row, "run": 2} for row in (1, 2, 3)]
 

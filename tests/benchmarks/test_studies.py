@@ -14,8 +14,8 @@ from studies import repeated_sites
 
 def test_accuracy(tmp_path):
     out = tmp_path / "new" / "accuracy.json"
-    how = ["--seeds", "2", "--at-once", "2", "--epochs", "1", "--batch", "200", "--only", "MSBP, r=10"]
-    command.main(["accuracy", "--out", str(out), *how])
+    arguments = ["--seeds", "2", "--at-once", "2", "--epochs", "1", "--batch", "200", "--only", "MSBP, r=10"]
+    command.main(["accuracy", "--out", str(out), *arguments])
     result = json.loads(out.read_text())
     assert (result["data"], result["setting"]["batch"]) == ("digits", 200)
     assert list(result["methods"]) == ["MSBP, r=10"]
@@ -27,8 +27,8 @@ def test_accuracy(tmp_path):
 def test_language_model(tmp_path):
     out = tmp_path / "out.json"
     sizes = {"layers": 1, "width": 64, "heads": 2, "length": 32, "batch": 2, "steps": 2}
-    how = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    command.main(["language_model", "--out", str(out), *how, "--only", "MSBP"])
+    arguments = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    command.main(["language_model", "--out", str(out), *arguments, "--only", "MSBP"])
     result = json.loads(out.read_text())
     assert result["size"] == sizes
     assert list(result["methods"]) == ["MSBP"]
@@ -38,8 +38,8 @@ def test_language_model(tmp_path):
 def test_repeated_sites(tmp_path, monkeypatch):
     monkeypatch.setattr(repeated_sites, "accuracy", lambda f, data, hidden, count, seed: float(hidden + count + seed))
     out = tmp_path / "out.json"
-    how = ["--steps", "2", "--seeds", "2", "--hidden", "16", "--length", "4", "--out", str(out)]
-    command.main(["repeated_sites", *how])
+    arguments = ["--steps", "2", "--seeds", "2", "--hidden", "16", "--length", "4", "--out", str(out)]
+    command.main(["repeated_sites", *arguments])
     found = json.loads(out.read_text())["variants"]
     assert len(found) == 8
     assert found["tied: MSBP, one for each use"] == {"mean": 18.5, "seeds": [18.0, 19.0]}

@@ -88,21 +88,21 @@ def devices(chip):
 
 def programs(platform, all_of_them):
     """Yield name, function and shapes of each program; other sizes, another layout, and vmap, only if asked for."""
-    how = {"backend": platform}
+    options = {"backend": platform}
     sizes = [(jnp.bfloat16, 8192, 8192, 8192, 512, 128), (jnp.float32, 300, 500, 1000, 77, 30)]
     for dtype, rows, m, n, k, group in sizes if all_of_them else sizes[:1]:
         groups, size = -(-rows // group), f"{jnp.dtype(dtype).name} {rows}x{m}x{n}"
         shape = jax.ShapeDtypeStruct
         p = msbp.Columns(shape((groups, group, k), dtype), shape((groups, k), jnp.int32), (rows, n))
         g, x = shape((rows, n), dtype), shape((rows, m), dtype)
-        select = lambda g, m, a=(k, group): kernels.select_with_memory(g, m, *a, **how)
+        select = lambda g, m, a=(k, group): kernels.select_with_memory(g, m, *a, **options)
         yield f"select_with_memory, {size}", select, (g, shape((n,), jnp.float32))
-        by_slot = lambda g, m, a=(k, group): kernels.select_with_memory(g, m, *a, **how)
+        by_slot = lambda g, m, a=(k, group): kernels.select_with_memory(g, m, *a, **options)
         if rows < 1000:
             yield f"select_with_memory by slot, {size}", by_slot, (g, shape((rows, n), jnp.float32))
-            yield f"select, {size}", lambda g, a=(k, group): kernels.select(g, *a, **how), (g,)
+            yield f"select, {size}", lambda g, a=(k, group): kernels.select(g, *a, **options), (g,)
         for axis in (0, 1) if all_of_them else (1,):
-            to = {"dtype": dtype, **how}
+            to = {"dtype": dtype, **options}
             w = shape((n, m) if axis == 0 else (m, n), dtype)
             dx = lambda p, w, axis=axis, to=to: kernels.grad_input(p, w, axis, **to)
             dw = lambda p, x, axis=axis, to=to: kernels.grad_weight(p, x, axis, **to)
@@ -113,18 +113,18 @@ def programs(platform, all_of_them):
         levels = msbp.Columns(
             shape((4, 128, 64), jnp.int8), shape((4, 64), jnp.int32), (512, 512), False, shape((4,), jnp.float32)
         )
-        both = lambda p, w: (kernels.grad_input(p, w, 1, **how), kernels.grad_weight(p, w, 1, **how))
+        both = lambda p, w: (kernels.grad_input(p, w, 1, **options), kernels.grad_weight(p, w, 1, **options))
         yield "int8 values with a scale", both, (levels, shape((512, 512), jnp.bfloat16))
-        yield "mapped", *mapped(how)
+        yield "mapped", *mapped(options)
     yield "step", *training_step(platform)
 
 
-def mapped(how):
+def mapped(options):
     """Return a backward under vmap, as experts have it, and its shapes."""
 
     def backward(g, x, w, m):
-        p, m, _ = kernels.select_with_memory(g, m, 40, 32, **how)
-        return kernels.grad_input(p, w, 1, **how), kernels.grad_weight(p, x, 1, **how), m
+        p, m, _ = kernels.select_with_memory(g, m, 40, 32, **options)
+        return kernels.grad_input(p, w, 1, **options), kernels.grad_weight(p, x, 1, **options), m
 
     shape = lambda *size: jax.ShapeDtypeStruct((3, *size), jnp.float32)
     return jax.vmap(backward), (shape(128, 384), shape(128, 256), shape(256, 384), shape(384))

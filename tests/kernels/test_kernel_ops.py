@@ -109,8 +109,8 @@ def test_no_masked_copy_of_the_cotangent(group, axis, backend):
     w = jnp.ones((m, n) if axis == 1 else (n, m))
 
     def products(p, x, w):
-        how = {"backend": backend}
-        return kernels.grad_input(p, w, axis, **how), kernels.grad_weight(p, x, axis, **how)
+        options = {"backend": backend}
+        return kernels.grad_input(p, w, axis, **options), kernels.grad_weight(p, x, axis, **options)
 
     def shapes(jaxpr):
         for eqn in jaxpr.eqns:

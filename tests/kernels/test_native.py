@@ -72,9 +72,9 @@ def test_every_instruction_set(number, dtype, rows, m, n, k, group):
         np.testing.assert_array_equal(got[1], want_left[1])
     for axis in (0, 1):
         oriented = w if axis == 1 else w.T
-        how = {"features_last": axis == 1, "instruction_set": number}
-        (dx,) = calls.call("grad_input", [p.values, p.index, oriented], [((rows, m), f32)], **how)
-        (dw,) = calls.call("grad_weight", [p.values, p.index, x], [(oriented.shape, f32)], **how)
+        options = {"features_last": axis == 1, "instruction_set": number}
+        (dx,) = calls.call("grad_input", [p.values, p.index, oriented], [((rows, m), f32)], **options)
+        (dw,) = calls.call("grad_weight", [p.values, p.index, x], [(oriented.shape, f32)], **options)
         for got, want_product in zip((dx, dw), dense_products(p, x, oriented, axis), strict=True):
             np.testing.assert_allclose(got, want_product, rtol=0, atol=1e-5 * np.abs(want_product).max())
 

@@ -153,9 +153,9 @@ def test_bits_arrive_as_they_were(platform, alone):
 
 
 def backward(platform, group, u, x, w, memory):
-    how = {"backend": platform}
-    p, left, _ = kernels.select_with_memory(u, memory, 7, group, **how)
-    return kernels.grad_input(p, w, 1, **how), kernels.grad_weight(p, x, 1, **how), left
+    options = {"backend": platform}
+    p, left, _ = kernels.select_with_memory(u, memory, 7, group, **options)
+    return kernels.grad_input(p, w, 1, **options), kernels.grad_weight(p, x, 1, **options), left
 
 
 def arrays(copies=()):

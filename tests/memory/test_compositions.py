@@ -55,11 +55,11 @@ MEMORIZED = {
 @pytest.mark.parametrize("outer", ["mean", "slot", "local"])
 @pytest.mark.parametrize("inner", MEMORIZED)
 def test_a_memory_within_a_memory_is_refused(inner, outer):
-    how = {"mean": {}, "slot": {"reduce": "slot"}, "local": {"reduce": "local", "shards": 1}}[outer]
+    options = {"mean": {}, "slot": {"reduce": "slot"}, "local": {"reduce": "local", "shards": 1}}[outer]
     with pytest.raises(ValueError, match=r"memorized wraps a sparsifier without a memory, got memorized\(.*outermost"):
-        msbp.memorized(MEMORIZED[inner], 0.5, **how)
+        msbp.memorized(MEMORIZED[inner], 0.5, **options)
     # Within something of a user's own it is seen when the state is made.
-    hidden = msbp.memorized(halved(MEMORIZED[inner]), 0.5, **how)
+    hidden = msbp.memorized(halved(MEMORIZED[inner]), 0.5, **options)
     with pytest.raises(ValueError, match=r"memorized wraps a sparsifier without a memory, got halved"):
         msbp.sparse_vjp(product, hidden).init_memory(W, X)
 
@@ -138,8 +138,8 @@ def test_a_backend_that_is_asked_for_reaches_the_selection():
 def test_what_the_inside_becomes_on_a_device_runs_there(reduce):
     nothing = msbp.Sparsifier(init=lambda aval: (), apply=lambda u, s: (TOP.apply(u * 0, s)[0], s), name="nothing")
     inner = msbp.Sparsifier(init=TOP.init, apply=TOP.apply, name="top", at=lambda w: nothing if w.on_devices else TOP)
-    how = {"reduce": reduce} | ({"shards": 8} if reduce == "local" else {})
-    f = msbp.sparse_vjp(by_rows(product), msbp.memorized(inner, 0.5, **how))
+    options = {"reduce": reduce} | ({"shards": 8} if reduce == "local" else {})
+    f = msbp.sparse_vjp(by_rows(product), msbp.memorized(inner, 0.5, **options))
     memory = f.init_memory(W, X)
     grads = jax.jit(msbp.value_and_grad(lambda w, m, x: f(w, x, memory=m).mean()))(W, memory, X)[1]
     assert not np.any(grads)

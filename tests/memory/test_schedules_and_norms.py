@@ -26,13 +26,13 @@ def step_of(f):
 @pytest.mark.parametrize("reduce", ["mean", "slot", "local"])
 @pytest.mark.parametrize("inner", [TOP, msbp.top_k(k=6, rows_per_group=3)], ids=str)
 def test_a_schedule_is_the_decay_of_each_step(inner, reduce):
-    how = {"reduce": reduce} | ({"shards": 2} if reduce == "local" else {})
+    options = {"reduce": reduce} | ({"shards": 2} if reduce == "local" else {})
     schedule = optax.linear_schedule(0.9, 0.1, transition_steps=4)
-    f = msbp.sparse_vjp(product, msbp.memorized(inner, schedule, **how))
+    f = msbp.sparse_vjp(product, msbp.memorized(inner, schedule, **options))
     memory = f.init_memory(W, X)
     step = step_of(f)
     for number in range(6):
-        g = msbp.sparse_vjp(product, msbp.memorized(inner, float(schedule(number)), **how))
+        g = msbp.sparse_vjp(product, msbp.memorized(inner, float(schedule(number)), **options))
         state = memory["params"]
         constant = {"params": state._replace(inner=state.inner.inner)}
         _, want, after = step_of(g)(W, constant, X)
@@ -41,7 +41,7 @@ def test_a_schedule_is_the_decay_of_each_step(inner, reduce):
         assert_trees_close(memory["params"].residual, after["params"].residual)
         assert (memory["params"].inner.step == number + 1).all()
     assert step._cache_size() == 1
-    assert "decay=schedule" in repr(msbp.memorized(inner, schedule, **how))
+    assert "decay=schedule" in repr(msbp.memorized(inner, schedule, **options))
 
 
 def test_a_schedule_counts_steps_and_not_uses():
@@ -87,8 +87,8 @@ def seeing(*wants):
 
 
 def conv(groups=1, dims=("NHWC", "HWIO", "NHWC")):
-    how = {"window_strides": (1, 1), "padding": "VALID", "dimension_numbers": dims, "feature_group_count": groups}
-    return lambda w, x: lax.conv_general_dilated(x, w, **how)
+    options = {"window_strides": (1, 1), "padding": "VALID", "dimension_numbers": dims, "feature_group_count": groups}
+    return lambda w, x: lax.conv_general_dilated(x, w, **options)
 
 
 def normal(*shape, seed=0):

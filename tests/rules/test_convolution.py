@@ -16,10 +16,10 @@ from benchmarks.suite import convolutions
 N, K = 12, 3
 
 
-def convolution(spatial, window, batch=3, features=4, **how):
+def convolution(spatial, window, batch=3, features=4, **options):
     """Return (function, x, w) of a convolution over so many positions."""
-    groups, batches = how.get("feature_group_count", 1), how.get("batch_group_count", 1)
-    numbers = how.pop("dimension_numbers", ("N" + "HWD"[: len(spatial)] + "C", "HWD"[: len(spatial)] + "IO"))
+    groups, batches = options.get("feature_group_count", 1), options.get("batch_group_count", 1)
+    numbers = options.pop("dimension_numbers", ("N" + "HWD"[: len(spatial)] + "C", "HWD"[: len(spatial)] + "IO"))
     lhs, rhs = numbers[0], numbers[1]
     out = numbers[2] if len(numbers) == 3 else lhs
     sizes = {"N": batch * batches, "C": features, "I": features // groups, "O": N}
@@ -27,9 +27,9 @@ def convolution(spatial, window, batch=3, features=4, **how):
     x = jax.random.normal(jax.random.key(0), [sizes[axis] for axis in lhs])
     sizes |= dict(zip("HWD", window, strict=False))
     w = jax.random.normal(jax.random.key(1), [sizes[axis] for axis in rhs]) / 4
-    how = {"window_strides": (1,) * len(spatial), "padding": "SAME"} | how
+    options = {"window_strides": (1,) * len(spatial), "padding": "SAME"} | options
     return (
-        lambda w, x: lax.conv_general_dilated(x, w, dimension_numbers=(lhs, rhs, out), **how),
+        lambda w, x: lax.conv_general_dilated(x, w, dimension_numbers=(lhs, rhs, out), **options),
         x,
         w,
         out.index("C"),
@@ -82,8 +82,8 @@ ALL_GROUPS = ("2d same", "2d strided and dilated", "2d transposed", "3d")
     ],
 )
 def test_masked_twin(name, group, backend):
-    spatial, window, how = GEOMETRIES[name]
-    function, x, w, axis = convolution(spatial, window, **dict(how))
+    spatial, window, options = GEOMETRIES[name]
+    function, x, w, axis = convolution(spatial, window, **dict(options))
     y = function(w, x)
     rows = y.size // (N * y.shape[0]) if group == "example" else group
     f = msbp.sparse_vjp(function, msbp.top_k(k=K, rows_per_group=group), min_features=1, backend=backend)
@@ -96,8 +96,8 @@ def test_masked_twin(name, group, backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_keeping_everything_is_plain_and_memory_is_what_is_left(name):
-    spatial, window, how = GEOMETRIES[name]
-    function, x, w, _ = convolution(spatial, window, **dict(how))
+    spatial, window, options = GEOMETRIES[name]
+    function, x, w, _ = convolution(spatial, window, **dict(options))
     everything = msbp.sparse_vjp(function, msbp.top_k(k=N), min_features=1)
     assert_trees_equal(gradients(lambda w, x: everything(w, x, memory={}), w, x), gradients(function, w, x))
     f = msbp.sparse_vjp(function, msbp.memorized(msbp.top_k(k=K, rows_per_group=None), 0.5), min_features=1)

@@ -142,23 +142,23 @@ def native_products(function, *args):
 
 
 @pytest.mark.skipif("native" not in kernels.backends()["select"], reason="the native kernels were not built")
-@pytest.mark.parametrize("how", ["partition", "masked", "stop_gradient", "argument"])
-def test_the_gradient_of_a_frozen_weight_is_not_computed(how):
+@pytest.mark.parametrize("freezing", ["partition", "masked", "stop_gradient", "argument"])
+def test_the_gradient_of_a_frozen_weight_is_not_computed(freezing):
     f = msbp.sparse_vjp(network, S, backend="native")
     loss = lambda p, m, x: (f(p, x, memory=m) ** 2).mean()
     frozen = {"w": "frozen", "v": "trained"}
     tx = {
         "partition": optax.partition({"trained": optax.sgd(0.1), "frozen": optax.set_to_zero()}, frozen),
         "masked": optax.chain(optax.masked(optax.set_to_zero(), {"w": True, "v": False}), optax.sgd(0.1)),
-    }.get(how, optax.sgd(0.1))
+    }.get(freezing, optax.sgd(0.1))
 
     def step(params, memory, x):
-        if how == "argument":
+        if freezing == "argument":
             own = lambda v, m, x: loss({"w": params["w"], "v": v}, m, x)
             _, grads, memory = msbp.value_and_grad(own)(params["v"], memory, x)
             return params["v"] - 0.1 * grads, memory
         stopped = lambda p, m, x: loss({"w": jax.lax.stop_gradient(p["w"]), "v": p["v"]}, m, x)
-        chosen = stopped if how == "stop_gradient" else loss
+        chosen = stopped if freezing == "stop_gradient" else loss
         _, grads, memory = msbp.value_and_grad(chosen)(params, memory, x)
         updates, _ = tx.update(grads, tx.init(params), params)
         return optax.apply_updates(params, updates)["v"], memory
@@ -168,7 +168,7 @@ def test_the_gradient_of_a_frozen_weight_is_not_computed(how):
     assert native_products(msbp.value_and_grad(loss), PARAMS, memory, X) == 2
     _, after = jax.jit(step)(PARAMS, memory, X)
     # The rule of a site whose operands are both constant does not run: its memory stays.
-    reached = how in ("partition", "masked")
+    reached = freezing in ("partition", "masked")
     assert bool(np.abs(after["w"].residual).sum() > 0) == reached
 
 

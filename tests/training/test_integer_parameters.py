@@ -41,10 +41,10 @@ def assert_constants(grads):
         assert grads[name].shape == PARAMS[name].shape
 
 
-@pytest.mark.parametrize("how", [{}, {"microbatches": 2}], ids=str)
-def test_gradients_are_those_of_plain_jax(how):
+@pytest.mark.parametrize("options", [{}, {"microbatches": 2}], ids=str)
+def test_gradients_are_those_of_plain_jax(options):
     f = msbp.sparse_vjp(adapted, msbp.dense())
-    step = msbp.value_and_grad(loss_of(f), **how)
+    step = msbp.value_and_grad(loss_of(f), **options)
     plain = jax.grad(lambda p: (adapted(p, X) ** 2).mean(), allow_int=True)(PARAMS)
     _, grads, _ = step(PARAMS, {}, X)
     assert jax.tree.map(lambda g: g.dtype, grads) == jax.tree.map(lambda g: g.dtype, plain)

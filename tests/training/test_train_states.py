@@ -35,12 +35,12 @@ class Net(nn.Module):
 def created():
     model = msbp.sparse_vjp(Net(), S)
     variables = model.init(jax.random.key(1), X, train=False)
-    how = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(2)}}
+    options = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(2)}}
     state = WithStatistics.create(
         apply_fn=model.apply,
         params=variables["params"],
         tx=optax.sgd(0.1, momentum=0.9),
-        memory=model.init_memory(variables, X, **how),
+        memory=model.init_memory(variables, X, **options),
         batch_stats=variables["batch_stats"],
         key=jax.random.key(3),
     )

@@ -42,8 +42,8 @@ def scaling(w, x, number):
     return x @ (w * number)
 
 
-def nested(w, x, how):
-    return (x * how["by"][0] if how["flag"] else x) @ w
+def nested(w, x, options):
+    return (x * options["by"][0] if options["flag"] else x) @ w
 
 
 CASES = [

@@ -122,8 +122,8 @@ def test_an_eager_step(program, sparsifier, compilations):
     assert by_us == 0 if program is not mapped else by_us <= by_jax
 
 
-@pytest.mark.parametrize("how", [{}, {"has_aux": True}], ids=str)
-def test_a_jit_around_the_model_alone(how, compilations):
+@pytest.mark.parametrize("options", [{}, {"has_aux": True}], ids=str)
+def test_a_jit_around_the_model_alone(options, compilations):
     model = msbp.sparse_vjp(nn.Sequential([nn.Dense(N), nn.relu, nn.Dense(N)]), S)
     variables = model.init(jax.random.key(0), jnp.ones((4, 6)))
     traces = []
@@ -135,9 +135,9 @@ def test_a_jit_around_the_model_alone(how, compilations):
 
     def loss(variables, memory, x):
         value = (apply(variables, memory, x) ** 2).mean()
-        return (value, {"twice": 2 * value}) if "has_aux" in how else value
+        return (value, {"twice": 2 * value}) if "has_aux" in options else value
 
-    step = msbp.value_and_grad(loss, **how)
+    step = msbp.value_and_grad(loss, **options)
 
     def train(variables, memory, x):
         _, grads, memory = step(variables, memory, x)

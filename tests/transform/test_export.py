@@ -65,8 +65,8 @@ def test_a_step(sparsifier, symbolic):
 
 @pytest.mark.parametrize("reduce", ["slot", "local"])
 def test_memories_of_a_given_batch(reduce):
-    how = {"shards": 2} if reduce == "local" else {}
-    step, memory = step_of(msbp.memorized(TOP(), 0.8, reduce=reduce, **how), "xla")
+    options = {"shards": 2} if reduce == "local" else {}
+    step, memory = step_of(msbp.memorized(TOP(), 0.8, reduce=reduce, **options), "xla")
     exported = through_a_file(step, *map(abstract, (W, memory, X)))
     assert_close(exported.call(W, memory, X), step(W, memory, X))
 

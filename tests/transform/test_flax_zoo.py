@@ -195,8 +195,8 @@ def test_linen(name):
     assert len(traces) == 1
     full = msbp.sparse_vjp(module, msbp.top_k(k=1000), min_features=1)
     sparse, plain = (
-        jax.jit(jax.grad(lambda p, f=f, how=how: jnp.sin(f.apply(p, x, **how)).mean()))(params)
-        for f, how in ((full, {"memory": {}}), (module, {}))
+        jax.jit(jax.grad(lambda p, f=f, options=options: jnp.sin(f.apply(p, x, **options)).mean()))(params)
+        for f, options in ((full, {"memory": {}}), (module, {}))
     )
     assert_trees_equal(sparse, plain)
 

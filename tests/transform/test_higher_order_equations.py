@@ -69,8 +69,8 @@ def in_closed_call(dot, p, x):
 def in_shard_map(dot, p, x):
     mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     body = lambda x, w: dot(x, w)
-    how = {"mesh": mesh, "in_specs": (P("a"), P()), "out_specs": P("a"), "axis_names": {"a"}, "check_vma": True}
-    return jax.jit(jax.shard_map(body, **how))(x, p[0])
+    options = {"mesh": mesh, "in_specs": (P("a"), P()), "out_specs": P("a"), "axis_names": {"a"}, "check_vma": True}
+    return jax.jit(jax.shard_map(body, **options))(x, p[0])
 
 
 PROGRAMS = {

@@ -140,10 +140,10 @@ class Normed(nn.Module):
 def test_init_memory_needs_no_axis_bound(train):
     model = msbp.sparse_vjp(Normed(), S)
     variables = model.init(jax.random.key(0), X, train=False)
-    how = {"train": train, "mutable": ["batch_stats"]}
-    memory = model.init_memory(variables, X, **how)
+    options = {"train": train, "mutable": ["batch_stats"]}
+    memory = model.init_memory(variables, X, **options)
     assert set(memory) == {"Dense_0/kernel", "Dense_1/kernel"}
-    assert "Dense_1" in str(model.report(variables, X, **how))
+    assert "Dense_1" in str(model.report(variables, X, **options))
 
 
 def test_batch_statistics_over_members_of_a_vmap_and_devices():

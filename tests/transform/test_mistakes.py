@@ -118,13 +118,13 @@ def test_params_and_memory_swapped():
 def test_a_train_state_of_flax():
     model, variables = linen()
     step = msbp.train_step(linen_loss(model))
-    how = {"apply_fn": model.apply, "params": variables["params"], "tx": optax.sgd(0.1)}
+    options = {"apply_fn": model.apply, "params": variables["params"], "tx": optax.sgd(0.1)}
     with pytest.raises(TypeError, match=r"takes a msbp\.TrainState, .* got flax\.training\.train_state\.TrainState"):
-        step(flax.training.train_state.TrainState.create(**how), X)
+        step(flax.training.train_state.TrainState.create(**options), X)
     with pytest.raises(TypeError, match=r"takes a msbp\.TrainState, .* got builtins\.dict"):
         step({"params": variables}, X)
     with pytest.raises(ValueError, match=r"Dense is differentiated without its memory"):
-        step(msbp.TrainState.create(**how), X)
+        step(msbp.TrainState.create(**options), X)
 
 
 @pytest.mark.parametrize("module", [nn.Dense, nnx.Linear])

@@ -72,10 +72,10 @@ HOW = [*itertools.product(["plain"], CASES), *itertools.product(["jit inside", "
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "axes"), HOW, ids=str)
-def test_nested_vmaps(how, axes):
+@pytest.mark.parametrize(("jit", "axes"), HOW, ids=str)
+def test_nested_vmaps(jit, axes):
     call = lambda m, x: F(W_ARGUMENT.value, x, memory=m)
-    call = jax.jit(call) if how == "jit inside" else call
+    call = jax.jit(call) if jit == "jit inside" else call
     memory = memories(*(axis for axis in axes if axis is not None))
     x = X[(0,) * (3 - len(axes))]
 
@@ -84,7 +84,7 @@ def test_nested_vmaps(how, axes):
         return mapped(len(axes), axes, call)(m, x).sum()
 
     run = msbp.value_and_grad(loss)
-    after = (jax.jit(run) if how == "jit outside" else run)(W, memory)[2]["params"].residual
+    after = (jax.jit(run) if jit == "jit outside" else run)(W, memory)[2]["params"].residual
     # By hand: every member's own use, and the mean over those that share a memory (all have as many rows).
     groups = {}
     for index in itertools.product(range(B), repeat=len(axes)):

@@ -30,8 +30,8 @@ class RngsArgument(Base):
 
 
 class KeywordArgument(Base):
-    def __call__(self, x, *, how):
-        return self.head(nnx.Dropout(0.5)(self.layer(x), rngs=how["streams"][0]))
+    def __call__(self, x, *, options):
+        return self.head(nnx.Dropout(0.5)(self.layer(x), rngs=options["streams"][0]))
 
 
 class OwnRngs(Base):
@@ -130,7 +130,7 @@ class Scale(nnx.Module):
 # What is called, and its further arguments.
 CASES = {
     RngsArgument: lambda: ((nnx.Rngs(3),), {}),
-    KeywordArgument: lambda: ((), {"how": {"streams": [nnx.Rngs(dropout=3)]}}),
+    KeywordArgument: lambda: ((), {"options": {"streams": [nnx.Rngs(dropout=3)]}}),
     OwnRngs: lambda: ((), {}),
     EmaWeight: lambda: ((), {}),
     Spectral: lambda: ((), {}),

@@ -134,8 +134,8 @@ def test_methods_of_a_linen_module_reach_their_own_sites():
     whole = model.init_memory(variables, X, rngs={"dropout": jax.random.key(1)})
     assert set(whole) == {"down/kernel", "up/kernel"}
 
-    def loss(variables, memory, x, **how):
-        return (model.apply(variables, x, memory=memory, **how) ** 2).mean()
+    def loss(variables, memory, x, **options):
+        return (model.apply(variables, x, memory=memory, **options) ** 2).mean()
 
     _, grads, after = msbp.value_and_grad(loss)(variables, whole, X, method="encode")
     assert_trees_equal(after["up/kernel"], whole["up/kernel"])
@@ -181,8 +181,8 @@ def test_more_sites_than_a_call_reaches_with_every_way_to_train():
     p = params()
     memory = jax.tree.map(lambda a: a + 1, g.init_memory(p, X, True))
     loss = lambda p, m, x: (g(p, x, False, memory=m) ** 2).mean()
-    for how in ({}, {"microbatches": 2}):
-        _, _, after = msbp.value_and_grad(loss, **how)(p, memory, X)
+    for options in ({}, {"microbatches": 2}):
+        _, _, after = msbp.value_and_grad(loss, **options)(p, memory, X)
         assert_trees_equal(after["stack"], memory["stack"])
         assert np.any(after["in"].residual != memory["in"].residual)
     assert set(msbp.diagnose(loss)(p, memory, X).sites) == {"in"}
