@@ -42,13 +42,13 @@ def _by_member(spread: Callable[[jax.Array, int], jax.Array], array: jax.Array, 
     """Return the array, through `spread(array, members)` for every `vmap` that maps g and not the array."""
 
     @jax.custom_batching.custom_vmap
-    def own(array: jax.Array, g: jax.Array) -> jax.Array:
+    def for_each(array: jax.Array, g: jax.Array) -> jax.Array:
         del g
         return array
 
-    @own.def_vmap
+    @for_each.def_vmap
     def _over_members(size: int, batched: Sequence[bool], array: ArrayLike, g: ArrayLike) -> tuple[Any, bool]:
-        outer = own(jnp.asarray(array), jnp.asarray(g))  # as an outer vmap has it
+        outer = for_each(jnp.asarray(array), jnp.asarray(g))  # as an outer vmap has it
         return (outer if batched[0] else spread(outer, size)), True
 
-    return own(array, g)
+    return for_each(array, g)

@@ -70,21 +70,21 @@ class Passage:
     def marked(self, carriers: Sequence[Carriers]) -> Any:
         """Return the memory as the loss sees it. The carriers are `self.carriers`, as they are differentiated."""
         marks = [
-            Marked(leaf if series is None else series[0], own, self._aside)
-            for leaf, series, own in zip(self._leaves, self._series, carriers, strict=True)
+            Marked(leaf if series is None else series[0], carriers_of_leaf, self._aside)
+            for leaf, series, carriers_of_leaf in zip(self._leaves, self._series, carriers, strict=True)
         ]
         return jax.tree.unflatten(self._structure, marks)
 
     @staticmethod
     def of_sites(cotangents: Sequence[Carriers]) -> list[Carriers]:
         """Return what sites gave the carriers, of all that they got."""
-        return [tuple(one - own[-1].astype(one.dtype) for one in own[:-1]) for own in cotangents]
+        return [tuple(given - got[-1].astype(given.dtype) for given in got[:-1]) for got in cotangents]
 
     def collected(self, cotangents: Sequence[Carriers]) -> Any:
         """Return the new memory, from what sites gave the carriers."""
         new = [
-            leaf if is_empty(leaf) else collected(leaf, None if series is None else series[1], own)
-            for leaf, series, own in zip(self._leaves, self._series, cotangents, strict=True)
+            leaf if is_empty(leaf) else collected(leaf, None if series is None else series[1], given)
+            for leaf, series, given in zip(self._leaves, self._series, cotangents, strict=True)
         ]
         return jax.tree.unflatten(self._structure, new)
 

@@ -100,8 +100,8 @@ def train_step(
                 "memory=model.init_memory(...))."
             )
         value, grads, memory = value_and_grad(loss_fn, has_aux=has_aux)(state.params, state.memory, *args)
-        own = state if tx is None else state.replace(tx=tx)
-        after = own.apply_gradients(grads=grads, memory=memory)
+        optimized = state if tx is None else state.replace(tx=tx)
+        after = optimized.apply_gradients(grads=grads, memory=memory)
         return after.replace(tx=state.tx), value
 
     return step

@@ -135,8 +135,8 @@ class SparseFunction:
         return f"sparse_vjp({self._name()}, {{{entries}}})"
 
     def _program(self, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any], memory: Any = None) -> Program:
-        how = {"label": self._label, "memory": memory, "states": self._states}
-        return trace(self.function, self._plan, self._backend, params, args, kwargs, **how)
+        options = {"label": self._label, "memory": memory, "states": self._states}
+        return trace(self.function, self._plan, self._backend, params, args, kwargs, **options)
 
     def _is_sparse(self, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return bool(self._program(params, args, kwargs).sparse_sites)

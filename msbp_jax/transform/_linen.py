@@ -180,10 +180,10 @@ class SparseModule:
         return f"sparse_vjp({type(self.module).__name__}, {{{entries}}})"
 
     def _function(self, kwargs: Mapping[str, Any]) -> SparseFunction:
-        how = {name: value for name, value in kwargs.items() if name in _HOW}
+        options = {name: value for name, value in kwargs.items() if name in _OPTIONS}
 
         def apply(params: Any, others: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self.module.apply({"params": params, **others}, *args, **how, **kwargs)
+            return self.module.apply({"params": params, **others}, *args, **options, **kwargs)
 
         apply.__name__ = type(self.module).__name__
         return SparseFunction(apply, self._plan, self._backend, self._memory_name, repr(self.module), states=1)
@@ -198,11 +198,11 @@ class SparseModule:
 
 
 # Arguments of `apply` that say how to apply; they are no pytrees of arrays.
-_HOW = frozenset({"method", "mutable", "capture_intermediates"})
+_OPTIONS = frozenset({"method", "mutable", "capture_intermediates"})
 
 
 def _traced(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name not in _HOW}
+    return {name: value for name, value in kwargs.items() if name not in _OPTIONS}
 
 
 def _split(variables: Mapping[str, Any]) -> tuple[Any, dict[str, Any], Carried | None]:
