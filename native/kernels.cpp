@@ -3,6 +3,7 @@
 
 #include "groups.h"
 #include "lists.h"
+#include "rows.h"
 #include "select.h"
 
 #ifndef MSBP_KERNELS
@@ -44,10 +45,32 @@ void grad_weight(const msbp::Product& p, msbp::Pool& pool) {
   }
 }
 
+void live_rows(const msbp::LiveRows& l, msbp::Pool& pool) {
+  l.bfloat16 ? live_rows<uint16_t>(l, pool) : live_rows<float>(l, pool);
+}
+
+void rows_grad_input(const msbp::RowsProduct& p, msbp::Pool& pool) {
+  if (p.values_bfloat16) {
+    p.other_bfloat16 ? rows_grad_input<uint16_t, uint16_t>(p, pool) : rows_grad_input<uint16_t, float>(p, pool);
+  } else {
+    p.other_bfloat16 ? rows_grad_input<float, uint16_t>(p, pool) : rows_grad_input<float, float>(p, pool);
+  }
+}
+
+void rows_grad_weight(const msbp::RowsProduct& p, msbp::Pool& pool) {
+  if (p.values_bfloat16) {
+    p.other_bfloat16 ? rows_grad_weight<uint16_t, uint16_t>(p, pool) : rows_grad_weight<uint16_t, float>(p, pool);
+  } else {
+    p.other_bfloat16 ? rows_grad_weight<float, uint16_t>(p, pool) : rows_grad_weight<float, float>(p, pool);
+  }
+}
+
 }  // namespace
 
 namespace msbp {
 
-const Kernels MSBP_JOIN(MSBP_KERNELS, _kernels) = {MSBP_TEXT(MSBP_KERNELS), select, grad_input, grad_weight};
+const Kernels MSBP_JOIN(MSBP_KERNELS, _kernels) = {MSBP_TEXT(MSBP_KERNELS), select,          grad_input,
+                                                        grad_weight,                live_rows,       rows_grad_input,
+                                                        rows_grad_weight};
 
 }  // namespace msbp

@@ -1,4 +1,4 @@
-// What the handlers call: three kernels, compiled once for each instruction set, over plain pointers.
+// What the handlers call: kernels, compiled once for each instruction set, over plain pointers.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,7 @@ class Pool {
 
 // Memory that a thread keeps from call to call, since fresh pages cost more than the work done in them. Blocks that are
 // in use at the same time have different slots. 64-byte aligned; contents undefined.
-enum class Slot { kTile, kResult, kRow, kLists, kOffsets, kColumns, kPartials, kValues, kCount };
+enum class Slot { kTile, kResult, kRow, kLists, kOffsets, kColumns, kPartials, kValues, kKept, kCount };
 void* scratch(Slot slot, size_t bytes);
 
 // u = g (+ memory); for each group of r rows the k columns with the largest sum of |u|; their entries; what is left. Rows
@@ -44,11 +44,34 @@ struct Product {
   float* out;
 };
 
+// dx = p wT (other = w, out = dx [rows, m]) or dw = xT p (other = x [rows, m], out = dw) of a cotangent of which whole rows
+// are kept: p[i] = weight[i] values[i], and 0 where the weight is 0.
+struct RowsProduct {
+  const void* values;   // [rows, n]
+  const float* weight;  // [rows]
+  const void* other;
+  bool values_bfloat16, other_bfloat16;
+  bool features_last;  // w and dw are [m, n] rather than [n, m]
+  int64_t rows, m, n;
+  float* out;
+};
+
+// live[i] = 1 if row i has an entry that is not 0, else 0.
+struct LiveRows {
+  const void* values;  // [rows, n]
+  bool bfloat16;
+  int64_t rows, n;
+  float* live;
+};
+
 struct Kernels {
   const char* name;
   void (*select)(const Select&, Pool&);
   void (*grad_input)(const Product&, Pool&);
   void (*grad_weight)(const Product&, Pool&);
+  void (*live_rows)(const LiveRows&, Pool&);
+  void (*rows_grad_input)(const RowsProduct&, Pool&);
+  void (*rows_grad_weight)(const RowsProduct&, Pool&);
 };
 
 // Every instruction set that this build has and this processor runs, best first; the last is the portable one.

@@ -10,4 +10,5 @@ from msbp_jax.formats._groups import accumulation_dtype as accumulation_dtype
 from msbp_jax.formats._groups import finite as finite
 from msbp_jax.formats._groups import group_rows as group_rows
 from msbp_jax.formats._groups import grouping as grouping
+from msbp_jax.formats._rows import Rows as Rows
 from msbp_jax.formats._split import Split as Split

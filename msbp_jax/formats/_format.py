@@ -117,6 +117,11 @@ class Format(abc.ABC):
         return type(self).grad_input is not Format.grad_input
 
     @property
+    def pays_on_patches(self) -> bool:
+        """Whether its products on patches of a convolution's input may be measured to be faster than dense ones."""
+        return True
+
+    @property
     def has_products(self) -> bool:
         """Whether it, or `msbp_jax.kernels`, has products of it; else the matrix is used, which saves nothing."""
         return self.brings_products
@@ -143,6 +148,13 @@ class Format(abc.ABC):
 
     def kept_share(self) -> float | None:
         """Return the share of the dense products' multiply-adds that its own take, where shapes tell it; else None."""
+        return None
+
+    def share_when_run(self) -> Float[Array, ""] | None:
+        """Return the share of the dense products' work that its own take, where only the run of a program tells.
+
+        Where it is large, the dense products of the matrix are taken. None where shapes tell it.
+        """
         return None
 
     def describe(self) -> str:

@@ -5,9 +5,9 @@ select_with_memory  the same of u = g + m, and what is left of u                
 grad_input          dx = p wᵀ                                                      p, w -> dx
 grad_weight         dw = xᵀ p                                                      x, p -> dw
 
-A folder for each layout of what is kept (`columns`), in it a folder an op and a file a backend; beside them a room for
-what belongs to one compiler (`native`, `pallas`, `xla`), to calls that it cannot look into (`opaque`), and to choosing
-a backend (`choice`).
+A folder for each layout of what is kept (`columns`, `rows`), in it a folder an op and a file a backend; beside them a
+room for what belongs to one compiler (`native`, `pallas`, `xla`), to calls that it cannot look into (`opaque`), and to
+choosing a backend (`choice`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from msbp_jax.formats import Columns, Format
+from msbp_jax.formats import Columns, Format, Rows
+from msbp_jax.kernels import rows
 from msbp_jax.kernels.choice import dispatch, target
 from msbp_jax.kernels.choice.layer import layer_of
 from msbp_jax.kernels.choice.order import products_order, selection_order
 from msbp_jax.kernels.choice.patches import patches_pay as patches_pay
+from msbp_jax.kernels.choice.rows import rows_pay_below as rows_pay_below
 from msbp_jax.kernels.columns import OPS as OPS
 from msbp_jax.kernels.columns.arguments import (
     check_inputs,
@@ -30,6 +32,9 @@ from msbp_jax.kernels.columns.arguments import (
     check_weight,
     checked_columns,
 )
+from msbp_jax.kernels.rows import largest_of_members as largest_of_members
+from msbp_jax.kernels.rows import live_rows as live_rows
+from msbp_jax.kernels.rows.arguments import check_rows
 
 
 def select(
@@ -103,7 +108,7 @@ def grad_input(
     """Return `dx = p wᵀ` for a compact cotangent `p`.
 
     Args:
-      cotangent: `p`, representing `[rows, n]`: `Columns`, or a format with products of its own.
+      cotangent: `p`, representing `[rows, n]`: `Columns`, `Rows`, or a format with products of its own.
       weight: `[m, n]` if `feature_axis` is 1, `[n, m]` if it is 0.
       feature_axis: Where the `n` output features stand in `weight`.
       precision: As in `lax.dot_general`.
@@ -119,6 +124,10 @@ def grad_input(
     """
     if isinstance(cotangent, Format) and cotangent.brings_products:
         return cotangent.grad_input(weight, feature_axis, precision=precision, dtype=dtype, backend=backend)
+    if isinstance(cotangent, Rows):
+        check_rows(cotangent)
+        check_weight(cotangent, weight, feature_axis)
+        return _of_rows("grad_input", backend, cotangent, weight, feature_axis, precision, dtype)
     columns = checked_columns(cotangent)
     check_weight(columns, weight, feature_axis)
     order = products_order(layer_of(columns, weight.shape[1 - feature_axis]))
@@ -138,7 +147,7 @@ def grad_weight(
     """Return `dw = xᵀ p` for a compact cotangent `p`.
 
     Args:
-      cotangent: `p`, representing `[rows, n]`: `Columns`, or a format with products of its own.
+      cotangent: `p`, representing `[rows, n]`: `Columns`, `Rows`, or a format with products of its own.
       inputs: `x`, `[rows, m]`.
       feature_axis: Where the `n` output features stand in the result.
       precision: As in `lax.dot_general`.
@@ -154,11 +163,26 @@ def grad_weight(
     """
     if isinstance(cotangent, Format) and cotangent.brings_products:
         return cotangent.grad_weight(inputs, feature_axis, precision=precision, dtype=dtype, backend=backend)
+    if isinstance(cotangent, Rows):
+        check_rows(cotangent)
+        check_inputs(cotangent, inputs, feature_axis)
+        return _of_rows("grad_weight", backend, cotangent, inputs, feature_axis, precision, dtype)
     columns = checked_columns(cotangent)
     check_inputs(columns, inputs, feature_axis)
     order = products_order(layer_of(columns, inputs.shape[1]))
     arguments = columns, inputs, feature_axis, precision, dtype
     return dispatch.run("grad_weight", OPS["grad_weight"], backend, *arguments, order=order)
+
+
+def _of_rows(op: str, backend: str | None, *args: Any) -> jax.Array:
+    """Run a product of `Rows`; kept rows are plain matrices to a GPU or TPU, whose backend here is XLA."""
+    known = rows.OPS[op]
+    return dispatch.run(op, known, "xla" if backend in OPS[op] and backend not in known else backend, *args)
+
+
+def rows_backend() -> str:
+    """Return the backend of the products of `Rows`, of a dtype that it takes, on the device that the program is for."""
+    return "native" if "native" in rows.OPS["grad_input"] and target.platform() == "cpu" else "xla"
 
 
 def backends() -> dict[str, tuple[str, ...]]:

@@ -4,12 +4,13 @@
 |---|---|---|
 | rows | is a product of matrices | has products |
 | narrow | becomes smaller with fewer output features | is 0 outside a few columns, the same for all rows |
-| patches | becomes a product of matrices on patches of its input | has products |
+| patches | becomes a product of matrices on patches of its input | has products, also on patches |
 | dense | | |
 
-The first whose line holds is taken; rule and report read the same table. A backend that is asked for by name runs
-wherever there are matrices; "dense" is one of the kernels' where the operation is a product of matrices itself, and
-else the last path.
+The first whose line holds is taken; rule and report read the same table. On the path of rows, a cotangent that knows
+only when it is run how much it keeps has plain JAX's products where that is too much. A backend that is asked for by
+name runs wherever there are matrices; "dense" is one of the kernels' where the operation is a product of matrices
+itself, and else the last path.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from msbp_jax import kernels
 from msbp_jax.formats import Format
@@ -48,7 +50,7 @@ def path_of(p: Format, operation: Operation, lhs: Shape, rhs: Shape, backend: st
     table = {
         Path.ROWS: matrices is Matrices.DIRECTLY and p.has_products and not (backend == "dense" and p.brings_products),
         Path.NARROW: operation.narrows and p.columns_are_shared and backend in (None, "xla"),
-        Path.PATCHES: matrices is Matrices.BY_PATCHES and p.has_products and backend != "dense",
+        Path.PATCHES: matrices is Matrices.BY_PATCHES and p.has_products and p.pays_on_patches and backend != "dense",
         Path.DENSE: True,
     }
     return next(path for path, holds in table.items() if holds)
@@ -69,13 +71,14 @@ def products(
     """
     lhs, rhs = operands[0].shape, operands[1].shape
     match path_of(p, operation, lhs, rhs, backend):
+        case Path.ROWS if backend is None and (share := _share_when_run(p, dims)) is not None:
+            return _unless_dense_pays(share, operation, operands, p, dims, out)
         case Path.ROWS | Path.PATCHES:
             return _by_matrices(operation, operands, p, dims, out, backend)
         case Path.NARROW:
             return _narrow(operation, operands, p, out)
         case Path.DENSE:
-            values = jax.vmap(lambda p: p.materialize())(p) if dims.batch_shape else p.materialize()[None]
-            return dense_products(operation, operands, operation.program_g(values, operands, out))
+            return _on_matrix(operation, operands, p, dims, out)
 
 
 def dense_products(operation: Operation, operands: Operands, g: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -83,6 +86,35 @@ def dense_products(operation: Operation, operands: Operands, g: jax.Array) -> tu
     forward = lambda lhs, rhs: operation.forward(lhs, rhs, *operands[2:])
     y, pull_back = jax.vjp(forward, *operands[:2])
     dlhs, drhs = pull_back(g.astype(y.dtype))
+    return dlhs, drhs
+
+
+def _on_matrix(
+    operation: Operation, operands: Operands, p: Format, dims: Dims, out: Shape
+) -> tuple[jax.Array, jax.Array]:
+    """Return the dense products of the matrix that a cotangent stands for."""
+    values = jax.vmap(lambda p: p.materialize())(p) if dims.batch_shape else p.materialize()[None]
+    return dense_products(operation, operands, operation.program_g(values, operands, out))
+
+
+def _share_when_run(p: Format, dims: Dims) -> Float[Array, ""] | None:
+    """Return the largest share that any of a batch of products takes of the dense ones, if only the run tells."""
+    if not dims.batch_shape:
+        return p.share_when_run()
+    shares = jax.vmap(lambda p: p.share_when_run())(p)
+    return None if shares is None else shares.max()
+
+
+def _unless_dense_pays(
+    share: Float[Array, ""], operation: Operation, operands: Operands, p: Format, dims: Dims, out: Shape
+) -> tuple[jax.Array, jax.Array]:
+    """Return the products of the canonical matrices or, where too much is kept for them to pay, plain JAX's."""
+    dense_pays = kernels.largest_of_members(share) > kernels.rows_pay_below(dims.rows, dims.m, dims.n)
+    dense = lambda: _on_matrix(operation, operands, p, dims, out)
+    compact = lambda: _by_matrices(operation, operands, p, dims, out, None)
+    # Each by itself, so that one that nobody needs is not computed.
+    dlhs = jax.lax.cond(dense_pays, lambda: dense()[0], lambda: compact()[0])
+    drhs = jax.lax.cond(dense_pays, lambda: dense()[1], lambda: compact()[1])
     return dlhs, drhs
 
 

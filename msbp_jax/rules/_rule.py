@@ -141,14 +141,14 @@ def _products(
         dlhs, drhs = dense_products(operation, operands, g)
     else:
         seen = norms(rule.sparsifier.wants, operation, operands, rule.side, dims, g.shape)
-        p, total, weight = _sparsify(rule.sparsifier, operation.canonical_g(g, operands), state, dims, seen)
+        p, total, weight = sparsify(rule.sparsifier, operation.canonical_g(g, operands), state, dims, seen)
         density = _density(p, dims) if observed else density
         of_x, of_w = p.parts
         dlhs, drhs = products(operation, operands, of_x, dims, g.shape, rule.backend)
         if of_w is not of_x:  # XLA drops the product of each pair that is not used
             other = products(operation, operands, of_w, dims, g.shape, rule.backend)
             dlhs, drhs = (other[0], drhs) if rule.side == "lhs" else (dlhs, other[1])
-    returned = _returned(state, total, weight, g) if remembers else []
+    returned = returned_state(state, total, weight, g) if remembers else []
     look: dict[str, jax.Array] = {}
     if observed:
         new = settled(state, total, weight) if rule.observe == "sparse" else state
@@ -165,7 +165,7 @@ def _memory_norm(state: State) -> jax.Array:
     return jnp.sqrt(sum((norm.astype(jnp.float32) ** 2 for norm in norms), jnp.zeros((), jnp.float32)))
 
 
-def _returned(state: State, total: State, weight: State, g: jax.Array) -> list[Carriers]:
+def returned_state(state: State, total: State, weight: State, g: jax.Array) -> list[Carriers]:
     """Return the cotangents of the carriers of every leaf; numbers depend on g by their weights, the rest may not."""
     leaves = zip(*map(jax.tree.leaves, (state, total, weight)), strict=True)
     return [
@@ -177,7 +177,7 @@ def _returned(state: State, total: State, weight: State, g: jax.Array) -> list[C
 _compat.define_vjp_with_logs(_contract, _forward, _backward)
 
 
-def _sparsify(sparsifier: Sparsifier, g: jax.Array, state: State, dims: Dims, seen: dict[str, jax.Array]) -> Weighted:
+def sparsify(sparsifier: Sparsifier, g: jax.Array, state: State, dims: Dims, seen: dict[str, jax.Array]) -> Weighted:
     """Apply `S` to `[batch, rows, n]`, each batch element for itself."""
     apply = lambda g, state, seen: tuple(apply_weighted(sparsifier, g, state, **seen))
     state = jax.tree.map(lambda leaf: member_keys(leaf, g), state)

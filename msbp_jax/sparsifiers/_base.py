@@ -67,6 +67,8 @@ class Sparsifier(NamedTuple):
       per_device: Whether, inside a `shard_map`, every device has a state of its own, though they share the weight.
       wants: What `apply` is to see besides, computed only for those who ask: `"input_norms"`, the Euclidean norm of
         what each row of the output is made from, `[rows]`; `"weight_norms"`, that of each feature's weights, `[n]`.
+      enters: Whether, given for a whole model, it is applied once, where the gradient enters the model ("@outputs").
+      remembers: Whether what it leaves out is worth a memory: not if it is unbiased by rows. `memorized` asks.
 
     Example:
       Keep the first `k` features, whatever they hold:
@@ -88,6 +90,8 @@ class Sparsifier(NamedTuple):
     weighted: Callable[..., Weighted] | None = None
     per_device: bool = False
     wants: tuple[str, ...] = ()
+    enters: bool = False
+    remembers: bool = True
 
     def __repr__(self) -> str:
         return self.name

@@ -31,6 +31,7 @@ class SparseFunction:
         memory_name: str = "memory",
         label: str = "",
         states: int = 0,
+        first_is_output: bool = False,
     ) -> None:
         functools.update_wrapper(self, function, updated=())
         self.function = function
@@ -38,6 +39,7 @@ class SparseFunction:
         self._label = label or f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
         self._plan = plan
         self._backend = backend
+        self._first_is_output = first_is_output  # of what it returns: the rest are collections that it changes
         self._states = states  # how many arguments hold a module's variables, and not what its user passes
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -127,7 +129,7 @@ class SparseFunction:
         params, _ = _without_memory(params)
         program = self._program(params, args, kwargs)
         program.check_plan()
-        return make_report(program.sites, self._backend)
+        return make_report(program.sites, program.outputs, self._backend)
 
     def __repr__(self) -> str:
         """Return the wrapped function and the plan."""
@@ -135,8 +137,18 @@ class SparseFunction:
         return f"sparse_vjp({self._name()}, {{{entries}}})"
 
     def _program(self, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any], memory: Any = None) -> Program:
-        options = {"label": self._label, "memory": memory, "states": self._states}
-        return trace(self.function, self._plan, self._backend, params, args, kwargs, **options)
+        return trace(
+            self.function,
+            self._plan,
+            self._backend,
+            params,
+            args,
+            kwargs,
+            label=self._label,
+            memory=memory,
+            states=self._states,
+            first_is_output=self._first_is_output,
+        )
 
     def _is_sparse(self, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return bool(self._program(params, args, kwargs).sparse_sites)

@@ -186,7 +186,15 @@ class SparseModule:
             return self.module.apply({"params": params, **others}, *args, **options, **kwargs)
 
         apply.__name__ = type(self.module).__name__
-        return SparseFunction(apply, self._plan, self._backend, self._memory_name, repr(self.module), states=1)
+        return SparseFunction(
+            apply,
+            self._plan,
+            self._backend,
+            self._memory_name,
+            repr(self.module),
+            states=1,
+            first_is_output=kwargs.get("mutable", False) is not False,
+        )
 
     def _check_not_differentiated(self, variables: Any) -> None:
         if any(_compat.under_differentiation(leaf) for leaf in jax.tree.leaves(variables)):

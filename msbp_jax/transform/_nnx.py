@@ -168,7 +168,8 @@ class SparseNNXModule(nnx.Module):
         return variable.get_value()
 
     def _function(self, call: _Call) -> SparseFunction:
-        return SparseFunction(call, self._plan, self._backend, label=type(self.module).__qualname__, states=1)
+        label = type(self.module).__qualname__
+        return SparseFunction(call, self._plan, self._backend, label=label, states=1, first_is_output=True)
 
     def _check_not_differentiated(self, tree: Any) -> None:
         if any(_compat.under_differentiation(leaf) for leaf in jax.tree.leaves(tree)):

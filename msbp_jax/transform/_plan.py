@@ -7,10 +7,11 @@ import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 
 from msbp_jax import _checks
-from msbp_jax.sparsifiers import Sparsifier
+from msbp_jax.sparsifiers import Sparsifier, skip_zero_rows
 from msbp_jax.sparsifiers._base import keeps_state
 
 EVERYTHING = "*"
+OUTPUTS = "@outputs"  # the gradient that enters the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,11 @@ class Plan:
 
     entries: tuple[tuple[str, Sparsifier], ...]
     min_features: int
+
+    @property
+    def of_outputs(self) -> Sparsifier | None:
+        """The sparsifier of the gradient that enters the model, if there is one."""
+        return next((sparsifier for pattern, sparsifier in self.entries if pattern == OUTPUTS), None)
 
     @property
     def has_state(self) -> bool:
@@ -49,7 +55,7 @@ class Plan:
         """
         known = list(names)
         patterns = [pattern for pattern, _ in self.entries]
-        _check_matched(patterns, known, "contraction")
+        _check_matched([pattern for pattern in patterns if pattern != OUTPUTS], known, "contraction")
         for number, pattern in enumerate(patterns):
             matched = [name for name in known if _matches(pattern, name)]
             before = [next((p for p in patterns[:number] if _matches(p, name)), None) for name in matched]
@@ -87,6 +93,8 @@ def make_plan(plan: Sparsifier | Mapping[str, Sparsifier], min_features: int) ->
       ValueError: It is empty, or `min_features < 1`.
     """
     smallest = _checks.positive_int("min_features", min_features, "sites with fewer output features stay dense")
+    if isinstance(plan, Sparsifier) and plan.enters:
+        return Plan(((OUTPUTS, plan), (EVERYTHING, skip_zero_rows())), smallest)
     if isinstance(plan, Sparsifier):
         return Plan(((EVERYTHING, plan),), smallest)
     if not isinstance(plan, Mapping):
@@ -103,6 +111,6 @@ def make_plan(plan: Sparsifier | Mapping[str, Sparsifier], min_features: int) ->
 
 
 def _matches(pattern: str, name: str) -> bool:
-    if name.startswith("@") != pattern.startswith("@"):
+    if name.startswith("@") != pattern.startswith("@") or pattern == OUTPUTS:
         return False
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.partition("#")[0], pattern)

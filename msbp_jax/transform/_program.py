@@ -18,8 +18,10 @@ from msbp_jax.rules import Rule
 from msbp_jax.rules import Site as SiteState
 from msbp_jax.transform._discover import discover
 from msbp_jax.transform._evaluate import Placed, evaluate
+from msbp_jax.transform._outputs import Outputs, find_outputs
 from msbp_jax.transform._plan import Plan
-from msbp_jax.transform._sites import Site, check_memory, init_memory, name_sites
+from msbp_jax.transform._remembers import Remembers, check_memory, init_memory
+from msbp_jax.transform._sites import Site, name_sites
 from msbp_jax.transform._sources import CONSTANT, DATA, Source
 
 
@@ -32,6 +34,7 @@ class Program:
       arguments: Those arrays; ShapeDtypeStructs where the call was abstract.
       parameters: Path and shape of each parameter leaf.
       sites: Its contractions.
+      outputs: The gradient that enters it, if the plan names it.
       rebuild: Turns the jaxpr's results into the function's result.
       plan: Which sparsifier each site gets.
       label: What the keys of random sparsifiers start from, besides the site: what was wrapped.
@@ -42,6 +45,7 @@ class Program:
     arguments: list[Any]
     parameters: list[tuple[str, int]]
     sites: list[Site]
+    outputs: Outputs | None
     rebuild: Callable[[list[Any]], Any]
     plan: Plan
     label: str
@@ -63,7 +67,7 @@ class Program:
 
     def start(self) -> dict[str, Any]:
         """Return the memory at the start of the sites that this call reaches."""
-        return init_memory(self.sites, self.label)
+        return init_memory(self._all, self.label)
 
     def empty_memory(self) -> dict[str, Any]:
         """Return the memory of sites none of which has a state, for a call for which nobody made one.
@@ -81,6 +85,11 @@ class Program:
             warnings.warn(f"Nothing is sparse under this plan. {reasons}.", stacklevel=5)
         return self.start()
 
+    @property
+    def _all(self) -> list[Remembers]:
+        """Whatever has a name in the memory."""
+        return [*self.sites, *([self.outputs] if self.outputs is not None else [])]
+
     def check_plan(self) -> None:
         """Raise unless every pattern of the plan is of use in this program.
 
@@ -96,7 +105,7 @@ class Program:
           TypeError: `memory` is not a mapping.
           ValueError: `memory` is of another model, plan or batch.
         """
-        check_memory(memory, self.sites, [path for path, _ in self.parameters])
+        check_memory(memory, self._all, [path for path, _ in self.parameters])
         placed, states = {}, {}
         for site in self.sparse_sites:
             state, carriers, observer = unwrap(site.name, memory[site.name])
@@ -104,7 +113,18 @@ class Program:
                 continue  # no gradient reaches it, so its memory stays
             placed[site.found.place] = Placed(self._rule(site, observer), site.loops)
             states[site.found.place] = SiteState(state, _as_given(site, carriers))
-        return self.rebuild(evaluate(self.jaxpr, self.arguments, placed, states))
+        results = evaluate(self.jaxpr, self.arguments, placed, states)
+        return self.rebuild(self._entered(results, memory))
+
+    def _entered(self, results: list[Any], memory: Any) -> list[Any]:
+        """Return the results, of the gradient of which something is chosen where it enters."""
+        outputs = self.outputs
+        if outputs is None or outputs.sparsifier is None or outputs.is_empty:
+            return results
+        state, carriers, observer = unwrap(outputs.name, memory[outputs.name])
+        if observer is not None and observer.kind == "dense":
+            return results
+        return outputs.chosen_from(results, state, _as_given(outputs, carriers))
 
     def _rule(self, site: Site, observer: Observer | None) -> Rule:
         assert site.sparsifier is not None
@@ -120,7 +140,7 @@ class Program:
         )
 
 
-def _as_given(site: Site, carriers: list[Carriers] | None) -> list[Carriers] | None:
+def _as_given(site: Remembers, carriers: list[Carriers] | None) -> list[Carriers] | None:
     if carriers is None:
         return None
     return [narrowed(of_leaf, shape) for of_leaf, shape in zip(carriers, site.weight_shapes, strict=True)]
@@ -137,6 +157,7 @@ def trace(
     label: str = "",
     memory: Any = None,
     states: int = 0,
+    first_is_output: bool = False,
 ) -> Program:
     """Trace `function(params, *args, **kwargs)` and name its sites.
 
@@ -154,6 +175,7 @@ def trace(
       label: What was wrapped, in words that tell models apart.
       memory: The memory that the program is to run with, if it is.
       states: How many of `args`, from the first on, hold a module's variables.
+      first_is_output: Whether the function returns a pair of the model's outputs and what else it changes.
 
     Raises:
       TypeError: A parameter is not an array, or not of a floating dtype.
@@ -176,12 +198,14 @@ def trace(
         result = function(jax.tree.unflatten(params_structure, leaves), *args, **kwargs)
         results, structure = jax.tree.flatten(result)
         fixed = [None if is_array(leaf) else leaf for leaf in results]
-        result_structure.append((structure, fixed, [is_array(leaf) for leaf in results]))
+        count = len(jax.tree.leaves(result[0])) if first_is_output else len(results)
+        is_output = [number < count for number, leaf in enumerate(results) if is_array(leaf)]
+        result_structure.append((structure, fixed, [is_array(leaf) for leaf in results], is_output))
         return [leaf for leaf in results if is_array(leaf)]
 
     with jax.disable_jit(False):  # without jit, loops are unrolled, which changes the sites
         jaxpr = _compat.make_jaxpr(flat_function, (leaves, traced), any_axes=memory is None)
-    structure, fixed, are_arrays = result_structure[-1]
+    structure, fixed, are_arrays, is_output = result_structure[-1]
 
     def rebuild(results: list[Any]) -> Any:
         arrays = iter(results)
@@ -209,11 +233,16 @@ def trace(
         arguments=[*leaves, *traced],
         parameters=parameters,
         sites=name_sites(found, parameters, plan, backend),
+        outputs=find_outputs(plan, jaxpr.out_avals, is_output, _name_of(function)),
         rebuild=rebuild,
         plan=plan,
         label=label,
         backend=backend,
     )
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _is_concrete_scalar(leaf: Any) -> bool:

@@ -10,12 +10,14 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from msbp_jax import kernels
 from msbp_jax.formats import Columns, Format
 from msbp_jax.kernels.choice.advice import note, warning
 from msbp_jax.kernels.choice.layer import Layer, layer_of
 from msbp_jax.kernels.choice.order import fastest_first
 from msbp_jax.rules import Path, path_of
 from msbp_jax.sparsifiers._where import abstract_norms
+from msbp_jax.transform._outputs import Outputs
 from msbp_jax.transform._sites import Site
 
 
@@ -36,6 +38,7 @@ class SparseRow:
       one_group: Whether all rows share one, `rows_per_group=None`.
       backend: Backend that will run.
       saved: Share of the backward's multiply-adds that is saved.
+      by_rows: Whether more is saved as rows are left out, which only the run tells.
       instances: How many memories it has (stacked layers).
       warning: Why it will probably be slower than dense ("" if not).
     """
@@ -52,6 +55,7 @@ class SparseRow:
     one_group: bool
     backend: str
     saved: float
+    by_rows: bool
     instances: int
     warning: str
 
@@ -76,11 +80,14 @@ class Report:
     """What is sparse and what is not; `print` it.
 
     Attributes:
+      entering: What is chosen of the gradient where it enters the model ("" if nothing is).
       sparse: The sparse contractions.
       dense: The others.
-      saved: Share of the multiply-adds of the whole backward, over all contractions, that is saved.
+      saved: Share of the multiply-adds of the whole backward, over all contractions, that is saved, as
+        far as shapes tell: what depends on the rows that are left out counts as nothing.
     """
 
+    entering: str
     sparse: tuple[SparseRow, ...]
     dense: tuple[DenseRow, ...]
     saved: float
@@ -90,6 +97,8 @@ class Report:
         text = io.StringIO()
         console = Console(file=text, width=160, force_terminal=False)
         console.print(_sparse_table(self))
+        if self.entering:
+            console.print(self.entering, highlight=False)
         if self.dense:
             console.print(_dense_table(self.dense))
         for row in self.sparse:
@@ -100,8 +109,8 @@ class Report:
         return text.getvalue().rstrip()
 
 
-def make_report(sites: list[Site], backend: str | None) -> Report:
-    """Return the report of a program's sites."""
+def make_report(sites: list[Site], outputs: Outputs | None, backend: str | None) -> Report:
+    """Return the report of a program's sites, and of the gradient that enters it."""
     sparse = tuple(_sparse_row(site, backend) for site in sites if site.sparsifier is not None)
     dense = tuple(
         DenseRow(name=site.name, contraction=_shapes(site), reason=site.reason)
@@ -110,7 +119,16 @@ def make_report(sites: list[Site], backend: str | None) -> Report:
     )
     work = {site.name: site.repeats * site.dims.rows * site.dims.m * site.dims.n for site in sites}
     saved = sum(row.saved * work[row.name] for row in sparse) / max(1, sum(work.values()))
-    return Report(sparse=sparse, dense=dense, saved=saved)
+    return Report(entering=_entering(outputs), sparse=sparse, dense=dense, saved=saved)
+
+
+def _entering(outputs: Outputs | None) -> str:
+    if outputs is None or outputs.sparsifier is None:
+        return ""
+    return (
+        f"{outputs.name}: {outputs.sparsifier}, once, of the gradient where it enters, {outputs.rows} rows of "
+        f"{outputs.n} entries."
+    )
 
 
 def _sparse_row(site: Site, backend: str | None) -> SparseRow:
@@ -132,13 +150,14 @@ def _sparse_row(site: Site, backend: str | None) -> SparseRow:
         one_group=p.columns_are_shared,
         backend=_chosen(site, p, paths, backend),
         saved=1 - sum(1.0 if share is None else share for share in shares) / 2,
+        by_rows=any(path is not Path.DENSE and share is None for path, share in zip(paths, shares, strict=True)),
         instances=math.prod(site.instances),
         warning=_warning(site, p, paths, backend),
     )
 
 
 def _chosen(site: Site, p: Format, paths: list[Path], backend: str | None) -> str:
-    """Say which backend runs the products, and on which path."""
+    """Say which backend runs the products, on which path, and up to which share of the rows if that tells."""
     names = []
     for q, path in zip(p.parts, paths, strict=True):
         kernel = backend or _fastest(site, q)
@@ -149,7 +168,12 @@ def _chosen(site: Site, p: Format, paths: list[Path], backend: str | None) -> st
 
 def _fastest(site: Site, p: Format) -> str:
     layer = _layer(site, p)
-    return "its own" if layer is None else fastest_first(layer)[0]
+    if layer is not None:
+        return fastest_first(layer)[0]
+    if p.brings_products:
+        return "its own"
+    dims = site.dims
+    return f"{kernels.rows_backend()}, below {kernels.rows_pay_below(dims.rows, dims.m, dims.n):.0%} of the rows"
 
 
 def _warning(site: Site, p: Format, paths: list[Path], backend: str | None) -> str:
@@ -165,6 +189,8 @@ def _warning(site: Site, p: Format, paths: list[Path], backend: str | None) -> s
         return f"{slower}{type(whole[0]).__name__} has no products of its own."
     if backend == "dense":
         return f'{slower}backend="dense" asks for it.'
+    if not any(q.pays_on_patches for q in whole):
+        return "its products run whole: rows are left out of matrix products, and not yet of other contractions."
     assert site.operation is not None
     if site.found.primitive == "conv_general_dilated" and backend is None and site.operation.narrows:
         return (
@@ -195,14 +221,16 @@ def _shapes(site: Site) -> str:
 
 
 def _sparse_table(report: Report) -> Table:
-    table = Table(
-        title=f"Sparse backward: {report.saved:.1%} of all backward multiply-adds saved", title_justify="left"
-    )
+    by_rows = any(row.by_rows for row in report.sparse)
+    title = f"Sparse backward: {report.saved:.1%} of all backward multiply-adds saved"
+    title += ", and the share of the rows that are left out" if by_rows else ""
+    table = Table(title=title, title_justify="left")
     for heading in ("site", "contraction", "sparsifier", "keeps", "rows/group", "memories", "backend", "saved"):
         table.add_column(heading, overflow="fold")
     for row in report.sparse:
-        group = "None" if row.one_group else "?" if row.rows_per_group is None else str(row.rows_per_group)
-        cells = (row.keeps, group, str(row.instances), row.backend, f"{row.saved:.1%}")
+        group = "None" if row.one_group else "-" if row.rows_per_group is None else str(row.rows_per_group)
+        saved = "by rows" if row.by_rows else f"{row.saved:.1%}"
+        cells = (row.keeps, group, str(row.instances), row.backend, saved)
         table.add_row(row.name, row.contraction, row.sparsifier, *cells)
     return table
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from msbp_jax import _compat
-from msbp_jax.formats import Columns
+from msbp_jax.formats import Columns, Format
 
 
 def check_selection(cotangent: Any, k: Any, rows_per_group: Any) -> None:
@@ -77,7 +77,7 @@ def checked_columns(cotangent: Any) -> Columns:
     return cotangent
 
 
-def check_weight(cotangent: Columns, weight: Any, feature_axis: Any) -> None:
+def check_weight(cotangent: Format, weight: Any, feature_axis: Any) -> None:
     """Check the weight of `grad_input`.
 
     Raises:
@@ -93,7 +93,7 @@ def check_weight(cotangent: Columns, weight: Any, feature_axis: Any) -> None:
         )
 
 
-def check_inputs(cotangent: Columns, inputs: Any, feature_axis: Any) -> None:
+def check_inputs(cotangent: Format, inputs: Any, feature_axis: Any) -> None:
     """Check the inputs of `grad_weight`.
 
     Raises:

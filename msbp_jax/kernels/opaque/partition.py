@@ -45,6 +45,9 @@ SPLITS = {
     "grad_weight": Split("{values}, {index}, {scale}, {rows} m -> a b"),
     "native grad_input": Split("{values}, {index}, a b -> {rows} m"),
     "native grad_weight": Split("{values}, {index}, {rows} m -> a b"),
+    "native live_rows": Split("{rows} n -> {rows}"),
+    "native rows grad_input": Split("{rows} n, {rows}, a b -> {rows} m"),
+    "native rows grad_weight": Split("{rows} n, {rows}, {rows} m -> a b"),
 }
 
 

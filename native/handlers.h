@@ -1,0 +1,15 @@
+// Handlers of XLA's calls, by the names that Python registers them under.
+#pragma once
+
+#include <vector>
+
+namespace msbp {
+
+struct Handler {
+  const char* name;
+  void* function;
+};
+
+std::vector<Handler> rows_handlers();  // rows_handlers.cpp
+
+}  // namespace msbp
