@@ -21,6 +21,7 @@ FOLDERS = {
     "benchmarks/helpers": {"benchmarks.data"},
     "benchmarks/suite": {"benchmarks.helpers"},
     "benchmarks/accelerator": {"benchmarks.helpers", "benchmarks.data"},
+    "benchmarks/time_to_accuracy": {"benchmarks.helpers", "benchmarks.data"},
     "benchmarks": {"benchmarks.helpers", "benchmarks.suite"},
     "studies": {"benchmarks.helpers", "benchmarks.data"},
 }
