@@ -1,8 +1,8 @@
 """One run: a method, a learning rate, a seed, and a budget of seconds over which the rate is decayed to 0.
 
 The clock runs while steps do, and stands while the test set is looked at; compiling comes before. The rate follows the
-clock (or the examples, where they are seen but once), a half cosine, so that every method ends its decay when its time is
-over, however many steps that is.
+clock (or the examples, where they are seen but once), a half cosine, so that every method ends its decay when its time
+is over, however many steps that is.
 """
 
 from __future__ import annotations
