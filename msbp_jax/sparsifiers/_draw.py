@@ -91,7 +91,8 @@ def for_efficiency(
 
     start = target / jnp.maximum(ratios.sum(), jnp.finfo(jnp.float32).tiny)
     t = lax.fori_loop(0, _ITERATIONS, closer, start) * (1 - 3e-6)  # rounding must not end below what is asked for
-    return jnp.where(t > 0, jnp.minimum(1, floored / jnp.where(t > 0, t, 1)), floored > 0)
+    p = jnp.minimum(1, floored / jnp.where(t > 0, t, 1))
+    return jnp.where(t > 0, p, (floored > 0).astype(p.dtype))
 
 
 def for_count(floored: Float[Array, " things"], count: int | jax.Array) -> Float[Array, " things"]:
@@ -109,7 +110,7 @@ def for_count(floored: Float[Array, " things"], count: int | jax.Array) -> Float
 
     start = wanted / jnp.maximum(floored.sum(), jnp.finfo(jnp.float32).tiny)
     p = jnp.clip(lax.fori_loop(0, _ITERATIONS, closer, start) * floored, 0, 1)
-    return jnp.where(some.sum() <= wanted, some.astype(floored.dtype), p)
+    return jnp.where(some.sum(dtype=floored.dtype) <= wanted, some.astype(floored.dtype), p)
 
 
 def systematic(

@@ -105,7 +105,7 @@ def sample_rows(
     amounts = {"efficiency": efficiency, "density": density, "count": count}
     given = {name: value for name, value in amounts.items() if value is not None}
     if len(given) != 1:
-        got = " and ".join(f"{name}={value!r}" for name, value in given.items()) or "neither"
+        got = " and ".join(f"{name}={value!r}" for name, value in given.items()) or "none of them"
         raise ValueError(
             f"sample_rows takes one of efficiency=, density= and count=, got {got}. Write "
             "sample_rows(efficiency=0.95) for as few rows as are worth 95 % of the batch, sample_rows(density=0.25) "

@@ -38,6 +38,15 @@ TABLE = {
     "random_k example": msbp.random_k(k=5, rows_per_group="example"),
     "memorized random_k": msbp.memorized(msbp.random_k(k=5, rescale=True), decay=1.0),
     "memorized slot random_k": msbp.memorized(msbp.random_k(k=5, rescale=True), decay=0.5, reduce="slot"),
+    "sample_rows": msbp.sample_rows(efficiency=0.8),
+    "sample_rows density": msbp.sample_rows(density=0.25),
+    "sample_rows r=5": msbp.sample_rows(efficiency=0.8, rows_per_group=5),
+    "sample_rows example": msbp.sample_rows(density=0.5, rows_per_group="example"),
+    "skip_zero_rows": msbp.skip_zero_rows(),
+    "split": msbp.split(dx=msbp.dense(), dw=msbp.top_k(k=5)),
+    "split sample_rows": msbp.split(
+        dx=msbp.sample_rows(density=0.5), dw=msbp.memorized(msbp.top_k(k=5, rows_per_group=5), decay=0.8)
+    ),
     "a user's": first(4),
     "memorized a user's": msbp.memorized(first(4), decay=0.8),
 }
@@ -50,7 +59,7 @@ def test_every_factory_is_in_the_table():
         for name, value in vars(msbp).items()
         if inspect.isfunction(value) and inspect.signature(value).return_annotation == "Sparsifier"
     }
-    assert factories == {"dense", "top_k", "random_k", "memorized"}
+    assert factories == {"dense", "top_k", "random_k", "memorized", "sample_rows", "skip_zero_rows", "split"}
     assert all(any(factory in name for name in TABLE) for factory in factories)
 
 
@@ -64,7 +73,7 @@ def test_abstract_init_and_apply(name):
     aval = jax.ShapeDtypeStruct((12, 96), jnp.bfloat16)
     state = jax.eval_shape(lambda: TABLE[name].init(aval))
     p, after = jax.eval_shape(TABLE[name].apply, aval, state)
-    assert p.values.dtype == jnp.bfloat16
+    assert all(jax.eval_shape(lambda part: part.materialize(), part).dtype == jnp.bfloat16 for part in p.parts)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
 
 
@@ -87,10 +96,10 @@ def test_in_a_layer_under_remat_equals_without(name):
 def test_rows_over_eight_devices(name):
     u = random_gradient(4, 16, 96)
     state = TABLE[name].init(jax.ShapeDtypeStruct(u.shape, u.dtype))
-    run = jax.jit(lambda u, s: TABLE[name].apply(u, s)[0].materialize())
+    run = jax.jit(lambda u, s: [part.materialize() for part in TABLE[name].apply(u, s)[0].parts])
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = jax.device_put(u, NamedSharding(mesh, PartitionSpec("rows")))
-    np.testing.assert_allclose(run(spread, state), run(u, state), rtol=1e-5)
+    assert_trees_close(run(spread, state), run(u, state), rtol=1e-5)
 
 
 @every
@@ -238,3 +247,17 @@ def test_bad_arguments(factory, arguments, error, message):
 def test_a_bad_key(key):
     with pytest.raises(TypeError, match=r"key must be one typed PRNG key such as jax\.random\.key\(0\), got"):
         msbp.random_k(k=3, key=key)
+
+
+@pytest.mark.parametrize(
+    "inner", [msbp.sample_rows(density=0.5), msbp.split(dx=msbp.dense(), dw=msbp.sample_rows(density=0.5))], ids=str
+)
+def test_nothing_is_left_of_sampled_rows_to_remember(inner):
+    with pytest.raises(ValueError, match=r"got .*sample_rows\(density=0\.5\).*nothing is left to remember.*@outputs"):
+        msbp.memorized(inner, decay=0.5)
+
+
+@pytest.mark.parametrize("part", ["dx", "dw"])
+def test_split_takes_sparsifiers(part):
+    with pytest.raises(TypeError, match=rf"split takes sparsifiers, such as {part}=msbp\.dense\(\), got {part}=0\.5"):
+        msbp.split(**({"dx": msbp.dense(), "dw": msbp.dense()} | {part: 0.5}))
