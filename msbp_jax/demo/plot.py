@@ -30,5 +30,5 @@ def draw(path: pathlib.Path, title: str, results: Mapping[str, Result]) -> None:
     for axes in (left, right):
         axes.grid(visible=True, alpha=0.3)
         axes.legend()
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize="medium")
     figure.savefig(path, format="png", dpi=120)

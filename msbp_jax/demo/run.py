@@ -27,6 +27,7 @@ class Result:
       seconds: Training time at the end of each epoch, compilation left out.
       loss: Mean training loss of each epoch.
       accuracy: Test accuracy after each epoch, in [0, 1].
+      density: Mean share of the rows that are kept in each epoch; 1 where none are sampled.
       step_ms: Median milliseconds of a training step.
       backward_ms: Median milliseconds of its backward.
       kept: Share of the backward's multiply-adds that is done.
@@ -36,10 +37,19 @@ class Result:
     seconds: list[float]
     loss: list[float]
     accuracy: list[float]
+    density: list[float]
     step_ms: float = 0.0
     backward_ms: float = 0.0
     kept: float = 1.0
     report: msbp.Report | None = None
+
+    def time_to_loss(self, target: float) -> float | None:
+        """Return the seconds after which an epoch's training loss was as low as a target; None for never."""
+        return next((s for s, loss in zip(self.seconds, self.loss, strict=True) if loss <= target), None)
+
+    def time_to_accuracy(self, target: float) -> float | None:
+        """Return the seconds after which the test accuracy was as high as a target; None for never."""
+        return next((s for s, share in zip(self.seconds, self.accuracy, strict=True) if share >= target), None)
 
 
 def run(settings: Settings, data: Dataset) -> dict[str, Result]:
@@ -57,16 +67,18 @@ def run(settings: Settings, data: Dataset) -> dict[str, Result]:
     sample = jax.ShapeDtypeStruct((settings.batch, data.train_x.shape[1]), jnp.float32)
     params = module.init(init_key, jnp.zeros((1, data.train_x.shape[1])))["params"]
     results, problems = {}, {}
-    with tqdm(total=3 * settings.epochs, unit="epoch", dynamic_ncols=True) as bar:
-        for name, sparsifier in settings.methods().items():
+    methods = settings.methods()
+    with tqdm(total=len(methods) * settings.epochs, unit="epoch", dynamic_ncols=True, disable=None) as bar:
+        for name, sparsifier in methods.items():
             bar.set_description(name)
             gradients, memory, report = loss_and_gradients(module, sparsifier, params, sample)
             tx = OPTIMIZERS[settings.optimizer]()
             state = jax.tree.map(jnp.copy, (params, memory, tx.init(params)))  # each method may donate its own
-            results[name] = _train(settings, data, module, gradients, tx, state, order_key, bar)
+            results[name], trained = _train(settings, data, module, gradients, tx, state, order_key, bar)
             results[name].report = report
-            results[name].kept = 1.0 if report is None else 1.0 - report.saved
-            problems[name] = (gradients, tx, params, memory)
+            shares = 1.0 if report is None else 1.0 - report.saved
+            results[name].kept = shares * float(np.mean(results[name].density))
+            problems[name] = (gradients, tx, *trained)
     steps, backwards = timing.measure(problems, module, data, settings.batch)
     for name, result in results.items():
         result.step_ms, result.backward_ms = steps[name], backwards[name]
@@ -82,20 +94,21 @@ def _train(
     state: Any,
     order_key: jax.Array,
     bar: tqdm[Any],
-) -> Result:
+) -> tuple[Result, tuple[Any, Any]]:
+    """Return what came of it, and the parameters and memory that did."""
     train_x, train_y, test_x, test_y = (jnp.asarray(part) for part in data[1:])
     steps = len(train_y) // settings.batch
 
-    def step(state: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
+    def step(state: Any, rows: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
         params, memory, opt_state = state
         loss, grads, memory = gradients(params, memory, train_x[rows], train_y[rows])
         updates, opt_state = tx.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), memory, opt_state), loss
+        return (optax.apply_updates(params, updates), memory, opt_state), (loss, _density(memory))
 
-    def epoch(state: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+    def epoch(state: Any, key: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
         order = jax.random.permutation(key, len(train_y))[: steps * settings.batch]
-        state, losses = jax.lax.scan(step, state, order.reshape(steps, settings.batch))
-        return state, jnp.mean(losses)
+        state, (losses, densities) = jax.lax.scan(step, state, order.reshape(steps, settings.batch))
+        return state, jnp.mean(losses), jnp.mean(densities)
 
     @jax.jit
     def accuracy(params: Any) -> jax.Array:
@@ -104,15 +117,22 @@ def _train(
 
     keys = jax.random.split(order_key, settings.epochs)
     compiled = jax.jit(epoch, donate_argnums=0).lower(state, keys[0]).compile()
-    result, passed = Result(seconds=[], loss=[], accuracy=[]), 0.0
+    result, passed = Result(seconds=[], loss=[], accuracy=[], density=[]), 0.0
     for key in keys:
         start = time.perf_counter()
-        state, loss = compiled(state, key)
+        state, loss, density = compiled(state, key)
         jax.block_until_ready(state)
         passed += time.perf_counter() - start
         result.seconds.append(passed)
         result.loss.append(float(loss))
+        result.density.append(float(density))
         result.accuracy.append(float(np.asarray(accuracy(state[0]))))
         bar.update()
         bar.set_postfix(loss=f"{result.loss[-1]:.3f}", accuracy=f"{result.accuracy[-1]:.2%}")
-    return result
+    return result, state[:2]
+
+
+def _density(memory: Any) -> jax.Array:
+    """Return the running mean of the share of the rows that is kept, of a memory that knows of one."""
+    told = msbp.metrics(memory) if memory else {}
+    return told.get("@outputs/density", jnp.ones(()))

@@ -28,6 +28,7 @@ class Settings:
       depth: Hidden layers.
       batch: Examples of a step.
       epochs: Passes over the training set.
+      efficiency: What the rows that are sampled are worth, of the whole batch.
       density: Share of the features that top-k keeps; None if `k` is given.
       k: Number of features that top-k keeps; None if `density` is given.
       rows_per_group: Rows that share a choice; None for the whole batch.
@@ -43,6 +44,7 @@ class Settings:
     depth: int
     batch: int
     epochs: int
+    efficiency: float
     density: float | None
     k: int | None
     rows_per_group: int | None
@@ -53,6 +55,11 @@ class Settings:
     json: pathlib.Path | None
 
     def methods(self) -> dict[str, msbp.Sparsifier | None]:
-        """Return the three methods by name; None is plain JAX."""
+        """Return the methods by name; None is plain JAX."""
         plain = msbp.top_k(self.density, k=self.k, rows_per_group=self.rows_per_group)
-        return {"dense": None, "top-k": plain, "MSBP": msbp.memorized(plain, decay=self.decay)}
+        return {
+            "dense": None,
+            "rows": msbp.sample_rows(efficiency=self.efficiency),
+            "top-k": plain,
+            "MSBP": msbp.memorized(plain, decay=self.decay),
+        }

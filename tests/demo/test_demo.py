@@ -82,6 +82,7 @@ def cut(path, size):
         (["--density", "1.01"], "density must lie in (0, 1]"),
         (["--rows-per-group", "0"], "rows_per_group must be at least 1"),
         (["--rows-per-group", "few"], "--rows-per-group must be a number of rows or None, got 'few'"),
+        (["--efficiency", "0"], "efficiency must lie in (0, 1]"),
         (["--decay", "1.2"], "decay must lie in [0, 1]"),
         (["--width", "0"], "--width must be at least 1, got 0"),
         (["--depth", "-1"], "--depth must be at least 1"),
@@ -149,7 +150,9 @@ def test_a_small_run(tmp_path, capsys, monkeypatch):
     again = json.loads(files["--json"].read_text())
     printed = capsys.readouterr().out
     assert files["--plot"].read_bytes().startswith(b"\x89PNG")
-    assert list(first) == ["dense", "top-k", "MSBP"]
+    assert list(first) == ["dense", "rows", "top-k", "MSBP"]
+    assert first["rows"]["density"][-1] < first["rows"]["density"][0] <= 1
+    assert first["rows"]["kept"] == pytest.approx(np.mean(first["rows"]["density"]))
     for name, result in first.items():
         assert result["loss"] == again[name]["loss"]  # the same seed, the same numbers
         assert result["loss"][-1] < result["loss"][0]
@@ -158,3 +161,12 @@ def test_a_small_run(tmp_path, capsys, monkeypatch):
     assert first["dense"]["kept"] == 1.0
     assert first["MSBP"]["kept"] == pytest.approx((12 / 96 * (64 * 96 + 96 * 96) + 960) / (64 * 96 + 96 * 96 + 960))
     assert "Dense_1/kernel" in printed
+    assert "k 12, one choice for the batch" in printed
+
+
+def test_the_time_to_a_target():
+    from msbp_jax.demo.run import Result
+
+    result = Result(seconds=[1.0, 2.0, 3.0], loss=[0.5, 0.3, 0.2], accuracy=[0.5, 0.8, 0.7], density=[1.0] * 3)
+    assert (result.time_to_loss(0.3), result.time_to_loss(0.1)) == (2.0, None)
+    assert (result.time_to_accuracy(0.8), result.time_to_accuracy(0.9)) == (2.0, None)
