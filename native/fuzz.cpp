@@ -220,6 +220,85 @@ void once(const Kernels& kernels, Pool& pool) {
   for (int64_t i = 0; i < m * s.n; ++i) demand(near(out_w[i], dw[i], dw_scale), "grad_weight", kernels, s);
 }
 
+void demand(bool holds, const char* what, const Kernels& kernels, const RowsProduct& p) {
+  if (holds) return;
+  ++failures;
+  std::printf("%s: %s is off at rows %ld n %ld m %ld, bfloat16 %d and %d, features last %d\n", kernels.name, what,
+              static_cast<long>(p.rows), static_cast<long>(p.n), static_cast<long>(p.m), p.values_bfloat16,
+              p.other_bfloat16, p.features_last);
+}
+
+// Which rows are not 0: some have a single entry that is not, be it not a number or too small for arithmetic.
+void live_rows_once(const Kernels& kernels, Pool& pool, RowsProduct p) {
+  std::vector<float> exact(p.rows * p.n);
+  Block<float> floats(new float[exact.size()]), live(new float[p.rows]);
+  Block<uint16_t> halves(new uint16_t[exact.size()]);
+  static const float entries[] = {1, -2, NAN, INFINITY, 1e-39f, -1e-39f};  // the last two are subnormal
+  for (float& x : exact) x = between(0, 1) ? 0.0f : -0.0f;
+  std::vector<float> want(p.rows);
+  for (int64_t i = 0; i < p.rows; ++i)
+    if (between(0, 1)) want[i] = 1, exact[i * p.n + between(0, p.n - 1)] = entries[between(0, 5)];
+  std::copy(exact.begin(), exact.end(), floats.get());
+  std::transform(exact.begin(), exact.end(), halves.get(), to_bfloat16);
+  const void* values = p.values_bfloat16 ? static_cast<const void*>(halves.get()) : floats.get();
+  kernels.live_rows({values, p.values_bfloat16, p.rows, p.n, live.get()}, pool);
+  demand(std::equal(want.begin(), want.end(), live.get()), "live_rows", kernels, p);
+}
+
+// Products of the rows whose weight is not 0. What stands in the others is not a number, and must not be seen.
+void rows_once(const Kernels& kernels, Pool& pool) {
+  RowsProduct p{};
+  const int64_t large = between(0, 5);  // one size at a time, as the plain loops are slow
+  p.rows = between(1, large == 0 ? 1500 : 60);
+  p.n = between(1, large == 1 ? 2300 : 60);
+  p.m = between(1, large == 2 ? 700 : 60);
+  p.values_bfloat16 = between(0, 1), p.other_bfloat16 = between(0, 1), p.features_last = between(0, 1);
+  live_rows_once(kernels, pool, p);
+
+  Block<float> weight(new float[p.rows]);
+  const int64_t kept = between(0, 4);  // none, all, or some of them
+  for (int64_t i = 0; i < p.rows; ++i) {
+    const bool is_kept = kept == 1 || (kept > 1 && between(0, kept) == 0);
+    weight[i] = !is_kept ? 0.0f : between(0, 1) ? 1.0f : static_cast<float>(between(2, 9)) / 2;
+  }
+  Array values(p.rows * p.n, p.values_bfloat16, 0), x(p.rows * p.m, p.other_bfloat16, 0);
+  const Array w(p.m * p.n, p.other_bfloat16, 0);
+  auto spoil = [&](Array& array, int64_t width) {
+    for (int64_t i = 0; i < p.rows * width; ++i) {
+      if (weight[i / width] != 0) continue;
+      if (array.halves) array.halves[i] = to_bfloat16(NAN);
+      if (array.floats) array.floats[i] = NAN;
+    }
+  };
+  spoil(values, p.n);
+  spoil(x, p.m);
+  auto place = [&](int64_t a, int64_t j) { return p.features_last ? a * p.n + j : j * p.m + a; };
+  std::vector<double> dx(p.rows * p.m), dw(p.m * p.n);
+  double dx_scale = 0, dw_scale = 0;
+  for (int64_t i = 0; i < p.rows; ++i) {
+    if (weight[i] == 0) continue;
+    for (int64_t j = 0; j < p.n; ++j) {
+      const double value = static_cast<double>(weight[i]) * values.exact[i * p.n + j];
+      for (int64_t a = 0; a < p.m; ++a) {
+        dx[i * p.m + a] += value * w.exact[place(a, j)];
+        dw[place(a, j)] += value * x.exact[i * p.m + a];
+      }
+    }
+  }
+  for (const double v : dx) dx_scale = std::max(dx_scale, std::fabs(v));
+  for (const double v : dw) dw_scale = std::max(dw_scale, std::fabs(v));
+  Block<float> out(new float[p.rows * p.m]), out_w(new float[p.m * p.n]);
+  std::fill_n(out.get(), p.rows * p.m, NAN);
+  std::fill_n(out_w.get(), p.m * p.n, NAN);
+  p.values = values.data(), p.weight = weight.get();
+  p.other = w.data(), p.out = out.get();
+  kernels.rows_grad_input(p, pool);
+  for (int64_t i = 0; i < p.rows * p.m; ++i) demand(near(out[i], dx[i], dx_scale), "rows_grad_input", kernels, p);
+  p.other = x.data(), p.out = out_w.get();
+  kernels.rows_grad_weight(p, pool);
+  for (int64_t i = 0; i < p.m * p.n; ++i) demand(near(out_w[i], dw[i], dw_scale), "rows_grad_weight", kernels, p);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -228,6 +307,7 @@ int main(int count, char** arguments) {
     for (int i = 0; i < rounds; ++i) {
       Threads pool(1 + i % 4);
       once(**kernels, pool);
+      rows_once(**kernels, pool);
     }
     std::printf("%s: %d rounds\n", (*kernels)->name, rounds);
   }
