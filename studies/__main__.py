@@ -10,10 +10,10 @@ import argparse
 import json
 import pathlib
 
-from studies import accuracy, language_model, repeated_sites
+from studies import accuracy, language_model, repeated_sites, rows
 
 # Each has `add_arguments(parser)`, and `run(args)`, which yields its result so far, again and again.
-STUDIES = {"accuracy": accuracy, "language_model": language_model, "repeated_sites": repeated_sites}
+STUDIES = {"accuracy": accuracy, "language_model": language_model, "repeated_sites": repeated_sites, "rows": rows}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.suite import choice, compile_time, convolutions, layers, layout, selection, step_memory, steps
+from benchmarks.suite import choice, compile_time, convolutions, layers, layout, rows, selection, step_memory, steps
 from benchmarks.suite.context import Part
 
 PARTS = {
@@ -32,6 +32,10 @@ PARTS = {
         "the products with weights [in, out], as Flax has them, over the same with [out, in]",
         7,
         layout.measure,
+    ),
+    "rows": Part("dx and dw of the rows that are kept, over densities: native, XLA, dense", 21, rows.measure),
+    "padding": Part(
+        "steps that skip rows of zeros, of batches with many of them and with none", 21, rows.measure_steps
     ),
     "steps": Part(
         "whole training steps: networks, optimizers, the bound of Amdahl's law, PyTorch",

@@ -75,3 +75,15 @@ def test_what_was_found_is_written_after_each_method(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         command.main(["repeated_sites", "--seeds", "1", "--out", str(out)])
     assert list(json.loads(out.read_text())["variants"]) == ["time steps: dense", "time steps: top-k"]
+
+
+def test_rows(tmp_path):
+    out = tmp_path / "out.json"
+    sizes = ["--width", "64", "--batch", "128", "--epochs", "2"]
+    command.main(["rows", "--out", str(out), *sizes, "--efficiencies", "0.9"])
+    result = json.loads(out.read_text())
+    assert 0 < result["f"] < 1
+    (dense,), (rows,) = result["runs"]["dense"], result["runs"]["rows 0.9"]
+    assert dense["speed-up"] == dense["mean density"] == 1
+    assert 0 < rows["mean density"] < 1
+    assert all(run["loss"][1] < run["loss"][0] for run in (dense, rows))

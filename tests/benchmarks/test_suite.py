@@ -18,6 +18,7 @@ GROUPS = [
     ["layers", "targets", "layout"],
     ["select", "gradients", "memory"],
     ["steps", "transformer"],
+    ["rows", "padding"],
     ["compile", "conv"],
 ]
 
