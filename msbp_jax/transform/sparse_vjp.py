@@ -81,11 +81,13 @@ def sparse_vjp(
     Args:
       target: A Flax module (Linen or NNX), or a function `f(params, *args)` whose first argument is a pytree of arrays.
       plan: A sparsifier for all sites, or a mapping from shell-style patterns over site names to sparsifiers, of which
-        the first match wins; sites that no pattern matches stay dense. Sites are named by the path of their parameter.
+        the first match wins; sites that no pattern matches stay dense. Sites are named by the path of their parameter;
+        `"@outputs"` is the gradient that enters the model, over axis 0 of its floating outputs. `sample_rows(...)`
+        alone is short for `{"@outputs": sample_rows(...), "*": skip_zero_rows()}`.
       min_features: Sites with fewer output features stay dense, unless a pattern other than `"*"` names them; there is
         little to choose from and nothing to gain.
-      backend: Which backend runs the products, and with `"xla"` the selection too; None chooses. `msbp.backends()`
-        lists them.
+      backend: Which backend runs the products, and the selection where it has one; None chooses. `msbp.backends()` lists
+        them.
       memory_name: Keyword under which the wrapped function, or `apply`, takes the memory; for a model that has an
         argument `memory` itself.
 
