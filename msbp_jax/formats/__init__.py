@@ -11,4 +11,5 @@ from msbp_jax.formats._groups import finite as finite
 from msbp_jax.formats._groups import group_rows as group_rows
 from msbp_jax.formats._groups import grouping as grouping
 from msbp_jax.formats._rows import Rows as Rows
+from msbp_jax.formats._rows import weighed as weighed
 from msbp_jax.formats._split import Split as Split

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from msbp_jax.formats._format import Format
-from msbp_jax.formats._groups import Size
+from msbp_jax.formats._groups import Size, accumulation_dtype
 
 
 @jax.tree_util.register_dataclass
@@ -46,8 +46,7 @@ class Rows(Format):
         """Return the matrix with zeros in the rows that are left out."""
         if self.unchanged:
             return self.values
-        scaled = self.values * self.weight[:, None].astype(self.values.dtype)
-        return jnp.where(self.kept_rows()[:, None], scaled, jnp.zeros((), scaled.dtype))
+        return weighed(self.values, self.weight)
 
     def astype(self, dtype: jax.typing.DTypeLike) -> Rows:
         """Return the same rows with values of another dtype."""
@@ -73,7 +72,7 @@ class Rows(Format):
 
     def share_when_run(self) -> Float[Array, ""]:
         """Return the share of the rows that is kept."""
-        return self.kept_rows().sum(dtype=jnp.float32) / max(1, self.weight.shape[-1])
+        return jnp.mean(self.kept_rows(), dtype=jnp.float32)
 
     def describe(self) -> str:
         """Say which rows are kept."""
@@ -94,3 +93,10 @@ class Rows(Format):
             same = jnp.array_equal(self.materialize(), masked, equal_nan=True)
             faults += [] if same else ["rows are marked unchanged, but differ from the gradient's"]
         return faults
+
+
+def weighed(values: Float[Array, "rows n"], weight: Float[Array, " rows"]) -> Float[Array, "rows n"]:
+    """Return rows times their weights, rounded once; 0 where the weight is 0, whatever stands there."""
+    dtype = accumulation_dtype(values.dtype)
+    scaled = (values.astype(dtype) * weight[:, None].astype(dtype)).astype(values.dtype)
+    return jnp.where(weight[:, None] != 0, scaled, jnp.zeros((), scaled.dtype))

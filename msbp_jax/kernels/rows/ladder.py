@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from msbp_jax import _compat
-from msbp_jax.formats import Rows
+from msbp_jax.formats import Rows, weighed
 
 # Shares of the rows. Closer rungs would waste less and take longer to compile: a third at most, a seventh on average.
 SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
@@ -64,10 +64,7 @@ def kept_first(p: Rows) -> tuple[Int[Array, " rows"], Int[Array, ""]]:
 def gathered(p: Rows, at: Int[Array, " size"]) -> Float[Array, "size n"]:
     """Return some rows, multiplied by their weights."""
     rows = jnp.take(p.values, at, axis=0, mode="clip")
-    weight = jnp.take(p.weight, at, mode="clip")[:, None]
-    if p.unchanged:
-        return rows
-    return jnp.where(weight != 0, rows * weight.astype(rows.dtype), jnp.zeros((), rows.dtype))
+    return rows if p.unchanged else weighed(rows, jnp.take(p.weight, at, mode="clip"))
 
 
 def largest_of_members(number: jax.Array) -> jax.Array:
