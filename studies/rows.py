@@ -1,8 +1,8 @@
 """Does sampling rows follow dense training, epoch by epoch, and at what speed?
 
-An MLP on MNIST (or the digits), SGD with momentum, is trained dense and by rows of given relative efficiencies, the
-methods in turn, epoch by epoch. For each: loss and accuracy after every epoch, seconds, mean density, and how much of the
-bound 1 / (f + (1 - f) density) its speed-up is; f is the share of forward, loss and optimizer in the dense step,
+An MLP on MNIST (or the digits) is trained by SGD with momentum, dense and by rows of given relative efficiencies, the
+methods in turn, epoch by epoch. For each: loss and accuracy after every epoch, seconds, mean density, and how much of
+the bound 1 / (f + (1 - f) density) its speed-up is; f is the share of forward, loss and optimizer in the dense step,
 measured in the same run.
 
 python -m studies rows --data FOLDER --epochs 20 --seeds 2

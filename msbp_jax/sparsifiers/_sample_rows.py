@@ -234,7 +234,7 @@ def _told(state: SampledRowsState, key: jax.Array, efficiency: jax.Array, weight
     return SampledRowsState(
         key=key,
         efficiency=mean(state.efficiency, efficiency),
-        density=mean(state.density, count / max(1, weight.shape[0])),
+        density=mean(state.density, count / jnp.maximum(jnp.ones_like(weight).sum(), 1)),
         kept=mean(state.kept, count),
         steps=state.steps + 1,
     )

@@ -86,8 +86,8 @@ def sparse_vjp(
         alone is short for `{"@outputs": sample_rows(...), "*": skip_zero_rows()}`.
       min_features: Sites with fewer output features stay dense, unless a pattern other than `"*"` names them; there is
         little to choose from and nothing to gain.
-      backend: Which backend runs the products, and the selection where it has one; None chooses. `msbp.backends()` lists
-        them.
+      backend: Which backend runs the products, and the selection where it has one; None chooses. `msbp.backends()`
+        lists them.
       memory_name: Keyword under which the wrapped function, or `apply`, takes the memory; for a model that has an
         argument `memory` itself.
 
