@@ -131,7 +131,7 @@ def test_vmap_over_members_that_keep_different_numbers_of_rows(backend, op, shar
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scan_over_steps_that_keep_different_numbers_of_rows(backend):
     members = [some_rows(seed, 48, 20, density) for seed, density in enumerate([0, 0.1, 0.4, 1])]
-    x, w = operands(0, 48, 10, 20, 1)
+    x, _ = operands(0, 48, 10, 20, 1)
     step = lambda total, p: (total + kernels.grad_weight(p, x, 1, backend=backend), None)
     got, _ = jax.lax.scan(step, jnp.zeros((10, 20)), jax.tree.map(lambda *leaves: jnp.stack(leaves), *members))
     assert_trees_close(got, sum(kernels.grad_weight(p, x, 1, backend=backend) for p in members), rtol=1e-5)
