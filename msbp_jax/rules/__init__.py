@@ -7,7 +7,7 @@ from msbp_jax.rules._operation import Dims as Dims
 from msbp_jax.rules._operation import Operation as Operation
 from msbp_jax.rules._operations import CONTRACTIONS as CONTRACTIONS
 from msbp_jax.rules._operations import operation_of as operation_of
-from msbp_jax.rules._outputs import side_by_side as side_by_side
+from msbp_jax.rules._outputs import common_dtype as common_dtype
 from msbp_jax.rules._outputs import sparse_outputs as sparse_outputs
 from msbp_jax.rules._products import Path as Path
 from msbp_jax.rules._products import path_of as path_of

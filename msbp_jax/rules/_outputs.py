@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from msbp_jax import _compat
 from msbp_jax.carriers import Carriers
+from msbp_jax.formats import accumulation_dtype
 from msbp_jax.rules._operation import Dims
 from msbp_jax.rules._rule import Site, returned_state, sparsify
 from msbp_jax.sparsifiers._base import Sparsifier, State
@@ -94,9 +95,14 @@ def _choose(rule: OutputsRule, remembers: bool, gradients: Outputs, state: State
 
 def side_by_side(arrays: Sequence[jax.Array]) -> Float[Array, "rows n"]:
     """Return arrays that share axis 0 as one matrix, of a dtype that holds them all."""
-    dtype = jnp.result_type(*arrays)
+    dtype = common_dtype([array.dtype for array in arrays])
     matrices = [array.reshape(array.shape[0], math.prod(array.shape[1:])).astype(dtype) for array in arrays]
     return matrices[0] if len(matrices) == 1 else jnp.concatenate(matrices, axis=1)
+
+
+def common_dtype(dtypes: Sequence[Any]) -> Any:
+    """Return a dtype that holds all of these floating ones: theirs if they are one."""
+    return dtypes[0] if len(set(dtypes)) == 1 else accumulation_dtype(*dtypes)
 
 
 def _apart(matrix: Float[Array, "rows n"], like: Outputs) -> Outputs:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from msbp_jax.carriers import Carriers
 from msbp_jax.rules import Site as SiteState
-from msbp_jax.rules import sparse_outputs
+from msbp_jax.rules import common_dtype, sparse_outputs
 from msbp_jax.sparsifiers import Sparsifier, Stays, Where
 from msbp_jax.sparsifiers._base import State, serving
 from msbp_jax.transform._plan import OUTPUTS, Plan
@@ -105,7 +105,7 @@ def find_outputs(
             "for itself, or wrap a function that returns those outputs alone that have a row for each example."
         )
     rows, n = shapes[0][0], sum(math.prod(shape[1:]) for shape in shapes)
-    dtype = jnp.result_type(*(results[place].dtype for place in floating))
+    dtype = common_dtype([results[place].dtype for place in floating])
     serves = serving(sparsifier, Where(rows=rows, n=n, m=0, dtype=dtype))
     kept = None if isinstance(serves, Stays) else serves
     return Outputs(sparsifier=kept, places=tuple(floating), rows=rows, n=n, dtype=dtype)
