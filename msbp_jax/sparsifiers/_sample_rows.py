@@ -162,8 +162,7 @@ class _SampleRows:
     def init(self, aval: jax.ShapeDtypeStruct) -> SampledRowsState:
         self._groups_kept(aval.shape[0])
         key = jax.random.key(0) if self.key is None else self.key.array
-        nothing = jnp.zeros((), jnp.float32)
-        return SampledRowsState(key, nothing, nothing, nothing, nothing)
+        return SampledRowsState(key, *(jnp.zeros((), jnp.float32) for _ in range(4)))  # a buffer each, to be donated
 
     def apply(self, u: jax.Array, state: SampledRowsState, **seen: jax.Array) -> tuple[Rows, SampledRowsState]:
         next_key, now = jax.random.split(state.key)
