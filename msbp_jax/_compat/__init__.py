@@ -44,6 +44,7 @@ from msbp_jax._compat._files import exporting as exporting
 from msbp_jax._compat._files import is_symbolic as is_symbolic
 from msbp_jax._compat._files import serializable as serializable
 from msbp_jax._compat._meshes import all_axes_manual as all_axes_manual
+from msbp_jax._compat._meshes import axes_lacked as axes_lacked
 from msbp_jax._compat._meshes import axes_of_collective as axes_of_collective
 from msbp_jax._compat._meshes import axes_of_spec as axes_of_spec
 from msbp_jax._compat._meshes import call_varying as call_varying

@@ -45,6 +45,12 @@ def varying_like(array: Any, like: Any) -> Any:
     return jax.lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array
 
 
+def axes_lacked(array: Any, others: Any) -> list[str]:
+    """Return the mesh axes, under `shard_map`, over which one of the others varies by its type and this array not."""
+    axes = frozenset[str]().union(*(jax.typeof(other).manual_axis_type.varying for other in others))
+    return sorted(axes - jax.typeof(array).manual_axis_type.varying)
+
+
 def typed_like(array: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """Return the type of a kernel's result that varies over the same mesh axes under `shard_map` as one operand."""
     kind = jax.typeof(array).manual_axis_type

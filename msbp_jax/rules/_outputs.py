@@ -22,7 +22,7 @@ from msbp_jax.formats import accumulation_dtype
 from msbp_jax.rules._operation import Dims
 from msbp_jax.rules._rule import Site, returned_state, sparsify
 from msbp_jax.sparsifiers._base import Sparsifier, State
-from msbp_jax.sparsifiers._keys import Kinds, bits_as_keys, keys_as_bits
+from msbp_jax.sparsifiers._keys import Kinds, bits_as_keys, keys_as_bits, keys_of_devices
 
 type Outputs = tuple[jax.Array, ...]
 
@@ -48,7 +48,7 @@ def sparse_outputs(sparsifier: Sparsifier, outputs: Outputs, site: Site) -> Outp
       outputs: Floating arrays that share axis 0, the rows.
       site: State, and carriers of the new state.
     """
-    state, kinds = keys_as_bits(site.state)
+    state, kinds = keys_as_bits(keys_of_devices(site.state, outputs))
     leaves, structure = jax.tree.flatten((outputs, site._replace(state=state)))
     outputs, site = jax.tree.unflatten(structure, _compat.varying_alike(leaves)[0])
     return _outputs(OutputsRule(sparsifier=sparsifier, kinds=kinds), outputs, site)

@@ -22,7 +22,7 @@ from msbp_jax.rules._norms import norms
 from msbp_jax.rules._operation import Dims, Operands, Operation
 from msbp_jax.rules._products import dense_products, products
 from msbp_jax.sparsifiers._base import Sparsifier, State, Weighted
-from msbp_jax.sparsifiers._keys import Kinds, bits_as_keys, keys_as_bits
+from msbp_jax.sparsifiers._keys import Kinds, bits_as_keys, keys_as_bits, keys_of_devices
 from msbp_jax.sparsifiers._metrics import metrics_of
 from msbp_jax.sparsifiers._weighted import apply_weighted, averages, settled
 
@@ -72,7 +72,7 @@ def sparse_contraction(rule: Rule, operands: Operands, site: Site) -> jax.Array:
       operands: Left and right operand, then what has no gradient.
       site: State, and carriers of the new state.
     """
-    state, kinds = keys_as_bits(site.state)
+    state, kinds = keys_as_bits(keys_of_devices(site.state, operands))
     rule, site = dataclasses.replace(rule, kinds=kinds), site._replace(state=state)
     # Within shard_map a rule may not return a gradient that varies over devices for an operand that does not.
     leaves, structure = jax.tree.flatten((operands, site))

@@ -101,3 +101,17 @@ def fold(leaf: jax.Array, number: Any) -> jax.Array:
     """Return a leaf of typed PRNG keys, of any shape, made different by a number."""
     folded = jax.vmap(jax.random.fold_in, (0, None))(leaf.reshape(-1), jnp.asarray(number, jnp.uint32))
     return folded.reshape(leaf.shape)
+
+
+def keys_of_devices(tree: Any, arrays: Any) -> Any:
+    """Return a state for use with arrays; inside a `shard_map`, devices that share a key and not these draw apart.
+
+    That they do not is seen where `shard_map` checks types.
+    """
+
+    def of_device(leaf: jax.Array) -> jax.Array:
+        for axis in _compat.axes_lacked(leaf, arrays) if _compat.is_key(leaf) else ():
+            leaf = fold(leaf, jax.lax.axis_index(axis))
+        return leaf
+
+    return jax.tree.map(of_device, tree)
