@@ -41,7 +41,7 @@ def draw(
     live: Bool[Array, " things"],
     *,
     efficiency: float | None = None,
-    count: int | None = None,
+    count: int | jax.Array | None = None,
 ) -> Draw:
     """Draw things, systematically in a random order: each is kept with exactly its probability.
 

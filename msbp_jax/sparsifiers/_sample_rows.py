@@ -198,15 +198,22 @@ class _SampleRows:
         cut = lambda array: jnp.pad(array, (0, missing)).reshape(groups, size)
         return jnp.linalg.norm(cut(score), axis=1), cut(live).any(axis=1)
 
-    def _groups_kept(self, rows: Any) -> int | None:
+    def _groups_kept(self, rows: Any) -> int | jax.Array | None:
         """Return how many groups are kept; None where that is decided by their worth.
+
+        Of any number of rows, as in a program for `jax.export`, a share is taken when it runs.
 
         Raises:
           ValueError: There are fewer.
         """
         groups, size = grouping(rows, self._rows)
+        if self.density is not None and _compat.is_symbolic(rows):
+            share = jnp.round(self.density * jnp.asarray(groups).astype(jnp.float32))
+            return jnp.maximum(1, share.astype(jnp.int32))
         if self.density is not None:
             return max(1, round(self.density * groups))
+        if _compat.is_symbolic(rows):
+            return self.count
         if self.count is not None and rows and self.count > groups:
             what = "rows" if size == 1 else f"groups of {size} rows"
             raise ValueError(

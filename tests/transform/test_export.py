@@ -50,6 +50,13 @@ SPARSIFIERS = {
     "mean": msbp.memorized(TOP(rows_per_group=2), 0.8),
     "random": msbp.random_k(k=6, rescale=True),
     "memorized random": msbp.memorized(msbp.random_k(k=6), 0.8),
+    "rows": msbp.sample_rows(efficiency=0.8),
+    "groups of rows": msbp.sample_rows(efficiency=0.8, rows_per_group=3),
+    "a share of the rows": msbp.sample_rows(density=0.5),
+    "a number of rows": msbp.sample_rows(count=1),
+    "rows at the site": {"*": msbp.sample_rows(efficiency=0.8)},
+    "rows of zeros": msbp.skip_zero_rows(),
+    "split": msbp.split(dx=msbp.dense(), dw=TOP()),
 }
 
 
