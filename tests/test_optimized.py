@@ -17,6 +17,8 @@ TESTS = [
     "tests/kernels/test_kernel_ops.py::test_against_float64",
     "tests/kernels/test_native.py::test_every_instruction_set",
     "tests/kernels/test_native.py::test_transformations_keep_the_bits",
+    "tests/kernels/test_rows.py::test_every_instruction_set",
+    "tests/transform/test_skip_zero_rows.py::test_bit_for_bit_where_no_row_is_0",
     "tests/memory/test_memorized.py::test_recursion",
     "tests/training/test_train_state_and_diagnose.py::test_train_step_equals_the_loop_written_out",
 ]

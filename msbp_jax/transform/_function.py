@@ -151,7 +151,7 @@ class SparseFunction:
         )
 
     def _is_sparse(self, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return bool(self._program(params, args, kwargs).sparse_sites)
+        return self._program(params, args, kwargs).is_sparse
 
     def _name(self) -> str:
         return getattr(self.function, "__name__", type(self.function).__name__)

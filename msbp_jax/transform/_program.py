@@ -56,6 +56,11 @@ class Program:
         """The sites that have a sparsifier."""
         return [site for site in self.sites if site.sparsifier is not None]
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether its gradients are others than plain JAX's."""
+        return bool(self.sparse_sites) or (self.outputs is not None and self.outputs.sparsifier is not None)
+
     def init_memory(self) -> dict[str, Any]:
         """Return the memory at the start.
 

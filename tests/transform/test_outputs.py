@@ -255,6 +255,18 @@ def test_outputs_alone_leave_the_sites_to_other_patterns():
     assert live(gradients(f, PROBED)["probes"]["first"]).sum() == ROWS // 2
 
 
+@pytest.mark.parametrize("plan", [HALF, {"@outputs": HALF}], ids=str)
+def test_differentiated_without_its_memory(plan):
+    with pytest.raises(ValueError, match="is differentiated without its memory, which would be a dense backward"):
+        jax.grad(lambda p: msbp.sparse_vjp(mlp, plan)(p, X).sum())(PARAMS)
+
+
+def test_parameters_and_memory_swapped():
+    f = msbp.sparse_vjp(mlp, HALF)
+    with pytest.raises(TypeError, match=r"parameters hold states of sparsifiers.*Were params and memory swapped"):
+        msbp.value_and_grad(loss_of(f))(f.init_memory(PARAMS, X), PARAMS)
+
+
 def test_columns_of_the_gradient_that_enters():
     f = msbp.sparse_vjp(lambda p, x: x @ p["a"], {"@outputs": msbp.top_k(k=5), "*": SKIP})
     dx = jax.grad(lambda p: (f(p, jnp.eye(M)) * random_gradient(9, M, N)).sum())(PARAMS)["a"]
