@@ -193,6 +193,28 @@ def test_the_ready_made_train_state():
     assert 0.75 < float(msbp.metrics(state.memory)["@outputs/efficiency"]) < 0.85
 
 
+class Transformer(nn.Module):
+    """A block of attention and linear layers over sequences."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = x + nn.SelfAttention(num_heads=2)(nn.LayerNorm()(x))
+        return nn.Dense(5)(x + nn.Dense(8)(nn.relu(nn.Dense(64)(nn.LayerNorm()(x)))))
+
+
+def test_attention_within_examples_leaves_examples_apart():
+    """The draw is over axis 0: a sequence is left out whole, or weighed up whole."""
+    x = jax.random.normal(jax.random.key(6), (8, 6, 8))
+    model = msbp.sparse_vjp(Transformer(), msbp.sample_rows(count=4))
+    variables = model.init(jax.random.key(1), x)
+    memory = model.init_memory(variables, x)
+    got = jax.grad(lambda x: jnp.sin(model.apply(variables, x, memory=memory)).sum())(x)
+    dense = jax.grad(lambda x: jnp.sin(Transformer().apply(variables, x)).sum())(x)
+    weight = (got * dense).sum(axis=(1, 2)) / (dense**2).sum(axis=(1, 2))
+    assert np.count_nonzero(weight) == 4
+    assert_trees_close(got, dense * weight[:, None, None], rtol=1e-4)
+
+
 def test_metrics():
     assert set(msbp.metrics(MEMORY)) == {"@outputs/efficiency", "@outputs/density", "@outputs/count"}
     memory = msbp.value_and_grad(loss_of(F))(PROBED, MEMORY)[2]

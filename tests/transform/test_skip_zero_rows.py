@@ -155,14 +155,6 @@ def test_padding_within_examples():
     assert_trees_close(jax.grad(loss(msbp.sparse_vjp(f, SKIP)))(p), jax.grad(loss(f))(p))
 
 
-def test_what_stands_in_a_row_that_is_left_out_is_not_seen():
-    f, p = msbp.sparse_vjp(lambda w, x: x @ w, SKIP), PARAMS["a"]
-    mask = MASKS["half of them are"]
-    bad = jnp.where(mask[:, None] == 0, jnp.nan, X)
-    loss = lambda w, x: jnp.where(mask[:, None] != 0, f(w, x), 0).sum()
-    assert_trees_close(jax.grad(loss)(p, bad), jax.grad(loss)(p, jnp.nan_to_num(bad)))
-
-
 def test_a_row_that_is_not_a_number_is_not_lost():
     f = msbp.sparse_vjp(lambda w, x: x @ w, SKIP)
     scale = jnp.zeros(ROWS).at[3].set(jnp.nan)
