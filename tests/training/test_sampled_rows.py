@@ -198,7 +198,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = x + nn.SelfAttention(num_heads=2)(nn.LayerNorm()(x))
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(x))
         return nn.Dense(5)(x + nn.Dense(8)(nn.relu(nn.Dense(64)(nn.LayerNorm()(x)))))
 
 
