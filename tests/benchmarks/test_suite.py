@@ -44,7 +44,7 @@ def test_every_part(parts, tmp_path, capsys):
 
 def test_the_parts_are_all_there():
     assert sorted(PARTS) == sorted([*(part for group in GROUPS for part in group), "choice"])
-    assert [place("steps (freed memory kept)"), place("steps")] == [(5, "steps (freed memory kept)"), (5, "steps")]
+    assert [place("steps (freed memory kept)"), place("steps")] == [(7, "steps (freed memory kept)"), (7, "steps")]
 
 
 def test_what_is_interpreted_is_not_timed(monkeypatch):
