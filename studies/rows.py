@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ import optax
 import msbp_jax as msbp
 from benchmarks.data import mnist
 from benchmarks.helpers import machine
-from benchmarks.helpers.networks import MLP, loss_of
+from benchmarks.helpers.networks import MLP, Setting, density_of, loss_of, problem, step_of
 from benchmarks.helpers.timing import medians, timed, training
 
 
@@ -77,15 +77,14 @@ class _Run:
         train_x, train_y, test_x, test_y = arrays
         self.steps = len(train_y) // batch
         params = module.init(jax.random.key(seed), train_x[:1])["params"]
-        gradients, memory = _gradients(module, sparsifier, params, train_x[:batch])
+        setting = Setting("MLP", module, train_x[:batch], train_y[:batch], 1)
+        gradients, _, memory = problem(setting, sparsifier)
 
         def step(state: Any, rows: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
             params, memory, opt_state = state
             loss, grads, memory = gradients(params, memory, train_x[rows], train_y[rows])
             updates, opt_state = tx.update(grads, opt_state, params)
-            told = msbp.metrics(memory) if memory else {}
-            density = told.get("@outputs/density", jnp.ones(()))
-            return (optax.apply_updates(params, updates), memory, opt_state), (loss, density)
+            return (optax.apply_updates(params, updates), memory, opt_state), (loss, density_of(memory))
 
         def epoch(state: Any, key: jax.Array) -> Any:
             order = jax.random.permutation(key, len(train_y))[: self.steps * batch].reshape(self.steps, batch)
@@ -110,32 +109,15 @@ class _Run:
         self.curve["accuracy"].append(round(100 * float(self._right(self.state[0])), 3))
 
 
-def _gradients(
-    module: MLP, sparsifier: msbp.Sparsifier | None, params: Any, x: jax.Array
-) -> tuple[Callable[..., Any], Any]:
-    if sparsifier is None:
-        plain = jax.value_and_grad(lambda p, x, y: loss_of(module.apply({"params": p}, x), y))
-        return lambda params, memory, x, y: (*plain(params, x, y), memory), {}
-    model = msbp.sparse_vjp(module, sparsifier)
-    sparse = msbp.value_and_grad(lambda p, m, x, y: loss_of(model.apply({"params": p}, x, memory=m), y))
-    return sparse, model.init_memory({"params": params}, x)
-
-
 def _dense_share(module: MLP, tx: Any, arrays: Any, batch: int) -> float:
     """Return which share of a dense step forward, loss and optimizer are."""
-    x, y = arrays[0][:batch], arrays[1][:batch]
-    params = module.init(jax.random.key(0), x)["params"]
-    gradients, _ = _gradients(module, None, params, x)
-
-    def step(state: Any, x: jax.Array, y: jax.Array) -> tuple[Any, jax.Array]:
-        loss, grads, _ = gradients(state[0], {}, x, y)
-        updates, opt_state = tx.update(grads, state[1], state[0])
-        return (optax.apply_updates(state[0], updates), opt_state), loss
-
+    setting = Setting("MLP", module, arrays[0][:batch], arrays[1][:batch], 1)
+    gradients, params, memory = problem(setting, None)
+    x, y = setting.x, setting.y
     calls = {
         "forward": timed(jax.jit(lambda p, x, y: loss_of(module.apply({"params": p}, x), y)), params, x, y),
         "gradients": timed(jax.jit(lambda p, x, y: gradients(p, {}, x, y)), params, x, y),
-        "step": training(step, (params, tx.init(params)), x, y),
+        "step": training(step_of(tx, gradients), (params, memory, tx.init(params)), x, y),
     }
     ms = medians(calls, 15)
     return 1 - (ms["gradients"] - ms["forward"]) / ms["step"]

@@ -131,6 +131,12 @@ def problem(
     return gradients, params, model.init_memory({"params": params}, setting.x)
 
 
+def density_of(memory: Any) -> jax.Array:
+    """Return the running mean of the share of the rows that is kept where the gradient enters; 1 if none is sampled."""
+    state = memory.get("@outputs")
+    return state.density if isinstance(state, msbp.SampledRowsState) else jnp.ones((), jnp.float32)
+
+
 def loss_of(logits: Any, y: jax.Array) -> jax.Array:
     """Return the mean cross-entropy."""
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 import msbp_jax as msbp
+from benchmarks.helpers.networks import density_of
 from benchmarks.time_to_accuracy.methods import Method
 from benchmarks.time_to_accuracy.tasks import Batch, Task
 
@@ -116,7 +117,7 @@ class Trainer:
             loss, grads, memory = self._gradients(params, memory, batch)
             opt_state = opt_state._replace(hyperparams=opt_state.hyperparams | {"learning_rate": rate})
             updates, opt_state = self._tx.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), memory, opt_state), (loss, _density(state[1], memory))
+            return (optax.apply_updates(params, updates), memory, opt_state), (loss, density_of(memory))
 
         state, (losses, densities) = jax.lax.scan(step, state, rows)
         return state, losses.mean(), densities.mean()
@@ -158,12 +159,3 @@ class Trainer:
 
         right, told = jax.lax.map(part, cut)
         return 100 * right.sum() / told.sum()
-
-
-def _density(before: Any, after: Any) -> jax.Array:
-    """Return the share of the rows that was kept in a step, from the running means of the state."""
-    state = after.get("@outputs") if isinstance(after, dict) else None
-    if not isinstance(state, msbp.SampledRowsState):
-        return jnp.ones((), jnp.float32)
-    del before
-    return state.density
