@@ -167,17 +167,6 @@ XLA_FFI_DEFINE_HANDLER(select_with_memory_handler, select_with_memory,
                            .Attr<bool>("by_slot")
                            .Attr<int64_t>("instruction_set"));
 
-auto product_binding() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Arg<ffi::AnyBuffer>()
-      .Arg<ffi::AnyBuffer>()
-      .Arg<ffi::AnyBuffer>()
-      .Ret<ffi::AnyBuffer>()
-      .Attr<bool>("features_last")
-      .Attr<int64_t>("instruction_set");
-}
-
 XLA_FFI_DEFINE_HANDLER(grad_input_handler, grad_input, product_binding());
 
 XLA_FFI_DEFINE_HANDLER(grad_weight_handler, grad_weight, product_binding());

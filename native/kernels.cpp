@@ -20,49 +20,34 @@ namespace {
 bool by_lists(const msbp::Product& p) { return p.r < 8 || (p.r < 16 && p.k < 64); }
 
 template <typename Value, typename Other>
-void grad_input(const msbp::Product& p, msbp::Pool& pool) {
-  by_lists(p) ? grad_input_by_lists<Value, Other>(p, pool) : grad_input_by_groups<Value, Other>(p, pool);
-}
-
-template <typename Value, typename Other>
-void grad_weight(const msbp::Product& p, msbp::Pool& pool) {
-  by_lists(p) ? grad_weight_by_lists<Value, Other>(p, pool) : grad_weight_by_groups<Value, Other>(p, pool);
-}
-
-void grad_input(const msbp::Product& p, msbp::Pool& pool) {
+// Runs body(value, other) with a number of each operand's type: float, or the bits of a bfloat16.
+template <typename Product, typename Body>
+void by_types(const Product& p, const Body& body) {
   if (p.values_bfloat16) {
-    p.other_bfloat16 ? grad_input<uint16_t, uint16_t>(p, pool) : grad_input<uint16_t, float>(p, pool);
+    p.other_bfloat16 ? body(uint16_t{}, uint16_t{}) : body(uint16_t{}, float{});
   } else {
-    p.other_bfloat16 ? grad_input<float, uint16_t>(p, pool) : grad_input<float, float>(p, pool);
+    p.other_bfloat16 ? body(float{}, uint16_t{}) : body(float{}, float{});
   }
 }
 
+void grad_input(const msbp::Product& p, msbp::Pool& pool) {
+  by_types(p, [&](auto value, auto other) { grad_input<decltype(value), decltype(other)>(p, pool); });
+}
+
 void grad_weight(const msbp::Product& p, msbp::Pool& pool) {
-  if (p.values_bfloat16) {
-    p.other_bfloat16 ? grad_weight<uint16_t, uint16_t>(p, pool) : grad_weight<uint16_t, float>(p, pool);
-  } else {
-    p.other_bfloat16 ? grad_weight<float, uint16_t>(p, pool) : grad_weight<float, float>(p, pool);
-  }
+  by_types(p, [&](auto value, auto other) { grad_weight<decltype(value), decltype(other)>(p, pool); });
+}
+
+void rows_grad_input(const msbp::RowsProduct& p, msbp::Pool& pool) {
+  by_types(p, [&](auto value, auto other) { rows_grad_input<decltype(value), decltype(other)>(p, pool); });
+}
+
+void rows_grad_weight(const msbp::RowsProduct& p, msbp::Pool& pool) {
+  by_types(p, [&](auto value, auto other) { rows_grad_weight<decltype(value), decltype(other)>(p, pool); });
 }
 
 void live_rows(const msbp::LiveRows& l, msbp::Pool& pool) {
   l.bfloat16 ? live_rows<uint16_t>(l, pool) : live_rows<float>(l, pool);
-}
-
-void rows_grad_input(const msbp::RowsProduct& p, msbp::Pool& pool) {
-  if (p.values_bfloat16) {
-    p.other_bfloat16 ? rows_grad_input<uint16_t, uint16_t>(p, pool) : rows_grad_input<uint16_t, float>(p, pool);
-  } else {
-    p.other_bfloat16 ? rows_grad_input<float, uint16_t>(p, pool) : rows_grad_input<float, float>(p, pool);
-  }
-}
-
-void rows_grad_weight(const msbp::RowsProduct& p, msbp::Pool& pool) {
-  if (p.values_bfloat16) {
-    p.other_bfloat16 ? rows_grad_weight<uint16_t, uint16_t>(p, pool) : rows_grad_weight<uint16_t, float>(p, pool);
-  } else {
-    p.other_bfloat16 ? rows_grad_weight<float, uint16_t>(p, pool) : rows_grad_weight<float, float>(p, pool);
-  }
 }
 
 }  // namespace

@@ -115,5 +115,17 @@ ffi::Error for_each_of_batch(const std::vector<int64_t>& batch, const Body& body
   return ffi::Error::Success();
 }
 
+// How products are called: a compact cotangent of two arrays, and the weight or the inputs.
+auto product_binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Ret<ffi::AnyBuffer>()
+      .Attr<bool>("features_last")
+      .Attr<int64_t>("instruction_set");
+}
+
 }  // namespace
 }  // namespace msbp
