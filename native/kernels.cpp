@@ -20,6 +20,15 @@ namespace {
 bool by_lists(const msbp::Product& p) { return p.r < 8 || (p.r < 16 && p.k < 64); }
 
 template <typename Value, typename Other>
+void grad_input(const msbp::Product& p, msbp::Pool& pool) {
+  by_lists(p) ? grad_input_by_lists<Value, Other>(p, pool) : grad_input_by_groups<Value, Other>(p, pool);
+}
+
+template <typename Value, typename Other>
+void grad_weight(const msbp::Product& p, msbp::Pool& pool) {
+  by_lists(p) ? grad_weight_by_lists<Value, Other>(p, pool) : grad_weight_by_groups<Value, Other>(p, pool);
+}
+
 // Runs body(value, other) with a number of each operand's type: float, or the bits of a bfloat16.
 template <typename Product, typename Body>
 void by_types(const Product& p, const Body& body) {
