@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+import msbp_jax as msbp
+
 # Every backend that runs on a CPU of every op, in float32; every instruction set, both dtypes; the recursion of the
 # memory; and whole training steps with an optimizer.
 TESTS = [
@@ -39,4 +41,4 @@ def test_at_the_default_level_of_optimization(pytestconfig):
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
     assert "XLA_FLAGS: ''" in done.stdout
     (passed,) = re.findall(r"(\d+) passed", done.stdout)
-    assert int(passed) > 60
+    assert int(passed) > (60 if "native" in msbp.backends()["grad_input"] else 50)

@@ -28,15 +28,16 @@ def layers(rows: list[Row], file: pathlib.Path) -> None:
     """Draw how much faster a layer's backward is, over density, a panel for each shape."""
     from matplotlib import pyplot as plt
 
-    rows = [row for row in rows if "dense/native" in row]
     shapes = list(dict.fromkeys(row["rows x in x out"] for row in rows))
     figure, axes = plt.subplots(1, max(1, len(shapes)), figsize=(4 * len(shapes), 3.4), sharey=True, squeeze=False)
     for axis, shape in zip(axes[0], shapes, strict=False):
         for group in dict.fromkeys(row["r"] for row in rows):
             line = [row for row in rows if (row["rows x in x out"], row["r"]) == (shape, group)]
             x = [100 * row["density"] for row in line]
-            (drawn,) = axis.plot(x, [row["dense/native"] for row in line], "o-", label=f"native, r={group}")
-            axis.plot(x, [row["dense/xla"] for row in line], ":", color=drawn.get_color())
+            (drawn,) = axis.plot(x, [row["dense/xla"] for row in line], ":", label=f"xla, r={group}")
+            if all("dense/native" in row for row in line):  # where a compiler was
+                y = [row["dense/native"] for row in line]
+                axis.plot(x, y, "o-", color=drawn.get_color(), label=f"native, r={group}")
         axis.plot([1, 25], [100, 4], "k--", linewidth=0.7, label="1 / density")
         axis.axhline(1, color="grey", linewidth=0.7)
         axis.set(xscale="log", yscale="log", title=shape, xlabel="density, %")

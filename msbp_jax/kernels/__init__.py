@@ -32,6 +32,7 @@ from msbp_jax.kernels.columns.arguments import (
     check_weight,
     checked_columns,
 )
+from msbp_jax.kernels.native.calls import NOT_BUILT as NOT_BUILT
 from msbp_jax.kernels.rows import largest_of_members as largest_of_members
 from msbp_jax.kernels.rows import live_rows as live_rows
 from msbp_jax.kernels.rows.arguments import check_rows

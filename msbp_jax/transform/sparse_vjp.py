@@ -120,7 +120,10 @@ def sparse_vjp(
     """
     checked = make_plan(plan, min_features)
     if backend is not None and backend not in (known := sorted({b for of in kernels.backends().values() for b in of})):
-        raise ValueError(f"There is no backend {backend!r}. Expected one of: {', '.join(known)}; or None to choose.")
+        unbuilt = f" {kernels.NOT_BUILT}" if backend == "native" else ""
+        raise ValueError(
+            f"There is no backend {backend!r}. Expected one of: {', '.join(known)}; or None to choose.{unbuilt}"
+        )
     _check_target(target)
     if is_nnx(target):
         return SparseNNXModule(target, checked, backend)

@@ -212,10 +212,19 @@ def test_without_them_xla_serves():
         "print(msbp.backends()['grad_input'], msbp.backends()['select'])\n"
         "f = msbp.sparse_vjp(lambda w, x: x @ w, msbp.top_k(k=8, rows_per_group=None))\n"
         "print(f.report(jnp.ones((512, 512)), jnp.ones((128, 512))))\n"
+        "narrow = msbp.sparse_vjp(lambda w, x: x @ w, msbp.top_k(k=8))\n"
+        "print('without rows:', narrow.report(jnp.ones((8, 64)), jnp.ones((0, 8))).sparse[0].warning or 'none')\n"
+        "try:\n"
+        "    msbp.sparse_vjp(lambda w, x: x @ w, msbp.top_k(k=8), backend='native')\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "('gpu', 'tpu', 'xla', 'dense') ('gpu', 'tpu', 'xla')" in out
     assert "The native CPU kernels were not built" in out
+    assert "without rows: none" in out
+    assert "There is no backend 'native'" in out
+    assert "or None to choose. The native CPU kernels were not built" in out
 
 
 @native

@@ -181,6 +181,7 @@ def test_an_inner_value_and_grad():
     assert np.any(moved["params"].residual != memory["params"].residual)
 
 
+@pytest.mark.skipif("native" not in msbp.backends()["grad_input"], reason="the native kernels were not built")
 def test_second_derivatives_of_native_kernels_say_what_to_do():
     f = msbp.sparse_vjp(lambda w, x: jnp.tanh(x @ w), msbp.top_k(k=7, rows_per_group=2), backend="native")
     inner = jax.grad(lambda w: f(w, X, memory={"params": ()}).mean())

@@ -78,6 +78,7 @@ def test_memories_of_a_given_batch(reduce):
     assert_close(exported.call(W, memory, X), step(W, memory, X))
 
 
+@pytest.mark.skipif("native" not in msbp.backends()["grad_input"], reason="the native kernels were not built")
 @pytest.mark.parametrize("sparsifier", [msbp.top_k(k=6), msbp.memorized(msbp.top_k(k=6), 0.8)])
 def test_native_kernels_say_what_to_do(sparsifier):
     step, memory = step_of(sparsifier, "native")

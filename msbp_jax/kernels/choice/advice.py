@@ -32,6 +32,8 @@ def warning(layer: Layer, backend: str | None = None) -> str:
       layer: Sizes.
       backend: Backend of the products; None for the one that is chosen.
     """
+    if not layer.rows:
+        return ""
     if backend is not None and backend not in fastest_first(layer):
         interpreted = backend in ("gpu", "tpu") and target.platform() == "cpu"
         return f"the {backend} kernels are interpreted on a CPU: slowly, for tests." if interpreted else ""
@@ -59,7 +61,4 @@ def note() -> str:
         return text
     if native_calls.available():
         return ""
-    return (
-        "The native CPU kernels were not built when msbp_jax was installed, and plain XLA, which is slower, serves. "
-        "Install a C++ compiler (GCC or Clang) and msbp_jax again."
-    )
+    return native_calls.NOT_BUILT

@@ -22,6 +22,11 @@ from msbp_jax.kernels.opaque import partition
 from msbp_jax.kernels.opaque.derivative import without_derivative
 from msbp_jax.kernels.opaque.export import not_exported
 
+NOT_BUILT = (
+    "The native CPU kernels were not built when msbp_jax was installed, and plain XLA, which is slower, serves. "
+    "Install a C++ compiler (GCC or Clang) and msbp_jax again."
+)
+
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
