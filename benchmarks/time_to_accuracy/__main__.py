@@ -66,7 +66,8 @@ class Runs:
           budget: Seconds.
           density: What uniform rows keep.
         """
-        label = re.sub(r"\W+", "_", f"{name} rate {rate:g} seed {seed} budget {budget:g}")
+        settled = f" {density:g}" if name == methods.UNIFORM else ""
+        label = re.sub(r"\W+", "_", f"{name}{settled} rate {rate:g} seed {seed} budget {budget:g}")
         file = self.folder / f"{label}.json"
         if file.is_file():
             return json.loads(file.read_text())

@@ -158,7 +158,7 @@ def _mnist(folder: pathlib.Path | None, small: bool) -> Task:
         module=MLP(64 if small else 1024, 3),
         **_images(images.train_x, images.train_y, images.test_x, images.test_y),
         optimizer=_momentum,
-        rates=(0.05, 0.1, 0.2, 0.4),
+        rates=(0.05, 0.1, 0.2, 0.4, 0.8),
         batch=1024,
         budgets=(5, 10, 20),
         columns=(0.1, 32),
@@ -184,7 +184,7 @@ def _cnn(folder: pathlib.Path | None, small: bool) -> Task:
         optimizer=optax.adam,
         rates=(5e-4, 1e-3, 2e-3),
         batch=256,
-        budgets=(30, 60, 120),
+        budgets=(15, 30, 60),
         columns=(0.5, None),
         samples_rows=False,
     )
@@ -212,7 +212,7 @@ def _tagger(folder: pathlib.Path | None, small: bool) -> Task:
         **arrays,
         rates=(1e-3, 2e-3, 4e-3),
         batch=64,
-        budgets=(15, 30, 60),
+        budgets=(8, 16, 32),
         columns=(0.1, 32),
     )
 
@@ -221,7 +221,7 @@ def _transformer(folder: pathlib.Path | None, small: bool) -> Task:
     arrays, data = _words(folder)
     module = Encoder(data.vocabulary, data.tags, 64 if small else 128)
     return Task(
-        name="transformer", module=module, **arrays, rates=(5e-4, 1e-3, 2e-3), batch=64, budgets=(15, 30, 60),
+        name="transformer", module=module, **arrays, rates=(5e-4, 1e-3, 2e-3), batch=64, budgets=(8, 16, 32),
         columns=(0.25, 32),
     )  # fmt: skip
 
@@ -245,7 +245,7 @@ def _language(folder: pathlib.Path | None, small: bool) -> Task:
         optimizer=optax.adam,
         rates=(1e-3, 2e-3, 4e-3),
         batch=32,
-        budgets=(15, 30, 60),
+        budgets=(8, 16, 32),
         columns=(0.25, 32),
         epochs=1,
     )

@@ -59,6 +59,7 @@ class Trainer:
         self._tx = optax.inject_hyperparams(task.optimizer)(1e-3)
         params = self._init(jax.random.key(0))
         self._gradients, self._memory = self._differentiated(method, params, some)
+        self._settled_density = method.density
         self._look = jax.jit(self._accuracy)
         self._step_seconds = 0.0
         self._compiled: dict[int, Any] = {}
@@ -117,10 +118,14 @@ class Trainer:
             loss, grads, memory = self._gradients(params, memory, batch)
             opt_state = opt_state._replace(hyperparams=opt_state.hyperparams | {"learning_rate": rate})
             updates, opt_state = self._tx.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), memory, opt_state), (loss, density_of(memory))
+            return (optax.apply_updates(params, updates), memory, opt_state), (loss, self._density(memory))
 
         state, (losses, densities) = jax.lax.scan(step, state, rows)
         return state, losses.mean(), densities.mean()
+
+    def _density(self, memory: Any) -> jax.Array:
+        settled = self._settled_density
+        return density_of(memory) if settled is None else jnp.asarray(settled, jnp.float32)
 
     def _measured(self, params: Any) -> float:
         """Return about how long a step takes."""

@@ -40,6 +40,7 @@ def test_every_task(name, method):
     assert method in methods.names(task)
     points = list(Trainer(task, methods.make(task, method, 0.5)).run(task.rates[0], 0, 0.1))
     assert all(np.isfinite([point.loss, point.accuracy]).all() for point in points)
+    assert method != methods.UNIFORM or points[-1].density == 0.5
     assert points[-1].seconds >= 0.1 or task.epochs is not None
     assert points[-1].examples <= task.examples or task.epochs is None
 
