@@ -268,7 +268,22 @@ def test_the_report():
     text = str(report)
     assert entering in text
     assert "by rows" in text
+    assert "By rows: what is saved is the share of the rows that are left out" in text
     assert report.dense == ()
+
+
+def test_the_report_of_a_draw_that_saves_nothing():
+    plan = {"@outputs": msbp.sample_rows(efficiency=0.95), "*": msbp.dense()}
+    report = msbp.sparse_vjp(network, plan).report(PARAMS, X)
+    assert report.entering.endswith("No site is sparse: its noise is paid for, and nothing is saved.")
+
+
+def test_outputs_of_one_example_are_rows_of_their_own():
+    """What the README says of a vmap over examples: `[n]` of each are n rows, drawn by the entry."""
+    f = msbp.sparse_vjp(lambda p, x: network(p, x[None])[0], HALF)
+    memory = f.init_memory(PARAMS, X[0])
+    n = f(PARAMS, X[0], memory=memory).shape[0]
+    assert f.report(PARAMS, X[0]).entering.endswith(f"{n} rows of 1 entries.")
 
 
 def test_the_report_of_a_density_that_is_known():
