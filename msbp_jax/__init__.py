@@ -9,6 +9,7 @@ from msbp_jax import nnx as nnx
 from msbp_jax import testing as testing
 from msbp_jax.formats import Columns as Columns
 from msbp_jax.formats import Dense as Dense
+from msbp_jax.formats import Entries as Entries
 from msbp_jax.formats import Format as Format
 from msbp_jax.formats import Rows as Rows
 from msbp_jax.formats import Split as Split
@@ -16,6 +17,8 @@ from msbp_jax.formats import take_columns as take_columns
 from msbp_jax.kernels import backends as backends
 from msbp_jax.memory import MemorizedState as MemorizedState
 from msbp_jax.memory import memorized as memorized
+from msbp_jax.sparsifiers import EntriesState as EntriesState
+from msbp_jax.sparsifiers import QuantizedState as QuantizedState
 from msbp_jax.sparsifiers import RandomKState as RandomKState
 from msbp_jax.sparsifiers import SampledRowsState as SampledRowsState
 from msbp_jax.sparsifiers import Sparsifier as Sparsifier
@@ -23,10 +26,13 @@ from msbp_jax.sparsifiers import SplitState as SplitState
 from msbp_jax.sparsifiers import Stays as Stays
 from msbp_jax.sparsifiers import Where as Where
 from msbp_jax.sparsifiers import dense as dense
+from msbp_jax.sparsifiers import dithered as dithered
 from msbp_jax.sparsifiers import random_k as random_k
+from msbp_jax.sparsifiers import sample_entries as sample_entries
 from msbp_jax.sparsifiers import sample_rows as sample_rows
 from msbp_jax.sparsifiers import skip_zero_rows as skip_zero_rows
 from msbp_jax.sparsifiers import split as split
+from msbp_jax.sparsifiers import stochastic_prune as stochastic_prune
 from msbp_jax.sparsifiers import top_k as top_k
 from msbp_jax.training import Diagnosis as Diagnosis
 from msbp_jax.training import DynamicScale as DynamicScale

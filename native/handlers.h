@@ -10,6 +10,7 @@ struct Handler {
   void* function;
 };
 
-std::vector<Handler> rows_handlers();  // rows_handlers.cpp
+std::vector<Handler> rows_handlers();     // rows_handlers.cpp
+std::vector<Handler> entries_handlers();  // entries_handlers.cpp
 
 }  // namespace msbp

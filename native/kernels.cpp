@@ -1,6 +1,8 @@
 // The kernels for one instruction set. Compiled once for each, with other flags and another MSBP_KERNELS.
 #include "kernels.h"
 
+#include "dither.h"
+#include "entries.h"
 #include "groups.h"
 #include "lists.h"
 #include "rows.h"
@@ -47,12 +49,28 @@ void grad_weight(const msbp::Product& p, msbp::Pool& pool) {
   by_types(p, [&](auto value, auto other) { grad_weight<decltype(value), decltype(other)>(p, pool); });
 }
 
-void rows_grad_input(const msbp::RowsProduct& p, msbp::Pool& pool) {
+void rows_grad_input(const msbp::MatrixProduct& p, msbp::Pool& pool) {
   by_types(p, [&](auto value, auto other) { rows_grad_input<decltype(value), decltype(other)>(p, pool); });
 }
 
-void rows_grad_weight(const msbp::RowsProduct& p, msbp::Pool& pool) {
+void rows_grad_weight(const msbp::MatrixProduct& p, msbp::Pool& pool) {
   by_types(p, [&](auto value, auto other) { rows_grad_weight<decltype(value), decltype(other)>(p, pool); });
+}
+
+void entries_grad_input(const msbp::MatrixProduct& p, msbp::Pool& pool) {
+  by_types(p, [&](auto value, auto other) { entries_grad_input<decltype(value), decltype(other)>(p, pool); });
+}
+
+void entries_grad_weight(const msbp::MatrixProduct& p, msbp::Pool& pool) {
+  by_types(p, [&](auto value, auto other) { entries_grad_weight<decltype(value), decltype(other)>(p, pool); });
+}
+
+void dither(const msbp::Dither& d, msbp::Pool& pool) {
+  d.bfloat16 ? dither<uint16_t>(d, pool) : dither<float>(d, pool);
+}
+
+void row_moments(const msbp::RowMoments& m, msbp::Pool& pool) {
+  m.bfloat16 ? row_moments<uint16_t>(m, pool) : row_moments<float>(m, pool);
 }
 
 void live_rows(const msbp::LiveRows& l, msbp::Pool& pool) {
@@ -63,8 +81,16 @@ void live_rows(const msbp::LiveRows& l, msbp::Pool& pool) {
 
 namespace msbp {
 
-const Kernels MSBP_JOIN(MSBP_KERNELS, _kernels) = {MSBP_TEXT(MSBP_KERNELS), select,          grad_input,
-                                                        grad_weight,                live_rows,       rows_grad_input,
-                                                        rows_grad_weight};
+const Kernels MSBP_JOIN(MSBP_KERNELS, _kernels) = {MSBP_TEXT(MSBP_KERNELS),
+                                                   select,
+                                                   grad_input,
+                                                   grad_weight,
+                                                   live_rows,
+                                                   rows_grad_input,
+                                                   rows_grad_weight,
+                                                   dither,
+                                                   row_moments,
+                                                   entries_grad_input,
+                                                   entries_grad_weight};
 
 }  // namespace msbp

@@ -44,11 +44,12 @@ struct Product {
   float* out;
 };
 
-// dx = p wT (other = w, out = dx [rows, m]) or dw = xT p (other = x [rows, m], out = dw) of a cotangent of which whole rows
-// are kept: p[i] = weight[i] values[i], and 0 where the weight is 0.
-struct RowsProduct {
+// dx = p wT (other = w, out = dx [rows, m]) or dw = xT p (other = x [rows, m], out = dw) of a cotangent that comes as a
+// matrix, of which whole rows are kept: p[i] = weight[i] values[i], and 0 where the weight is 0; or any entries, those
+// that are not 0: p = weight[0] values.
+struct MatrixProduct {
   const void* values;   // [rows, n]
-  const float* weight;  // [rows]
+  const float* weight;  // [rows], or [1]
   const void* other;
   bool values_bfloat16, other_bfloat16;
   bool features_last;  // w and dw are [m, n] rather than [n, m]
@@ -64,14 +65,39 @@ struct LiveRows {
   float* live;
 };
 
+// Entries made 0 by chance: see dither.h.
+struct Dither {
+  const void* values;           // [rows, n]
+  const uint32_t* row_numbers;  // [rows], by which noise is told apart
+  const uint32_t* key;          // [2]
+  const float* step;            // [1]; 0 leaves everything as it is
+  bool bfloat16;                // of values and out
+  bool prunes;
+  int64_t rows, n;
+  void* out;    // [rows, n]: multiples of the step, or which multiples in bfloat16; pruned entries as they are
+  float* kept;  // how many are not 0, [rows]
+};
+
+// Of each row: how many entries are finite, 0 if all are 0; their mean; the sum of squares of what they differ from it by.
+struct RowMoments {
+  const void* values;  // [rows, n]
+  bool bfloat16;
+  int64_t rows, n;
+  float* out;  // [rows, 3]
+};
+
 struct Kernels {
   const char* name;
   void (*select)(const Select&, Pool&);
   void (*grad_input)(const Product&, Pool&);
   void (*grad_weight)(const Product&, Pool&);
   void (*live_rows)(const LiveRows&, Pool&);
-  void (*rows_grad_input)(const RowsProduct&, Pool&);
-  void (*rows_grad_weight)(const RowsProduct&, Pool&);
+  void (*rows_grad_input)(const MatrixProduct&, Pool&);
+  void (*rows_grad_weight)(const MatrixProduct&, Pool&);
+  void (*dither)(const Dither&, Pool&);
+  void (*row_moments)(const RowMoments&, Pool&);
+  void (*entries_grad_input)(const MatrixProduct&, Pool&);
+  void (*entries_grad_weight)(const MatrixProduct&, Pool&);
 };
 
 // Every instruction set that this build has and this processor runs, best first; the last is the portable one.

@@ -62,7 +62,7 @@ MSBP_INLINE void pack_columns(const T* array, int64_t stride, const Kept& kept, 
 }
 
 template <typename Value, typename Other>
-void rows_grad_input(const msbp::RowsProduct& p, msbp::Pool& pool) {
+void rows_grad_input(const msbp::MatrixProduct& p, msbp::Pool& pool) {
   const Value* values = static_cast<const Value*>(p.values);
   const Other* w = static_cast<const Other*>(p.other);
   const Kept kept = Kept::of(p.weight, p.rows);
@@ -144,7 +144,7 @@ void rows_outer(const Left* left, int64_t height, const float* left_weight, cons
 }
 
 template <typename Value, typename Other>
-void rows_grad_weight(const msbp::RowsProduct& p, msbp::Pool& pool) {
+void rows_grad_weight(const msbp::MatrixProduct& p, msbp::Pool& pool) {
   const Value* values = static_cast<const Value*>(p.values);
   const Other* x = static_cast<const Other*>(p.other);
   const Kept kept = Kept::of(p.weight, p.rows);

@@ -3,6 +3,7 @@
 from msbp_jax.formats._columns import Columns as Columns
 from msbp_jax.formats._columns import take_columns as take_columns
 from msbp_jax.formats._dense import Dense as Dense
+from msbp_jax.formats._entries import Entries as Entries
 from msbp_jax.formats._format import Format as Format
 from msbp_jax.formats._format import SharedColumns as SharedColumns
 from msbp_jax.formats._groups import Size as Size

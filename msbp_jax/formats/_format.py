@@ -122,6 +122,11 @@ class Format(abc.ABC):
         return True
 
     @property
+    def skips(self) -> str:
+        """What its products leave out, in a word for the report: rows, entries."""
+        return "what is 0"
+
+    @property
     def has_products(self) -> bool:
         """Whether it, or `msbp_jax.kernels`, has products of it; else the matrix is used, which saves nothing."""
         return self.brings_products

@@ -66,6 +66,11 @@ class Rows(Format):
         """False: rows of patches are not measured."""
         return False
 
+    @property
+    def skips(self) -> str:
+        """Rows."""
+        return "rows"
+
     def kept_share(self) -> float | None:
         """Return the share of the rows, where it is known beforehand."""
         return self.share

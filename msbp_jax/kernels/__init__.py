@@ -5,25 +5,29 @@ select_with_memory  the same of u = g + m, and what is left of u                
 grad_input          dx = p wᵀ                                                      p, w -> dx
 grad_weight         dw = xᵀ p                                                      x, p -> dw
 
-A folder for each layout of what is kept (`columns`, `rows`), in it a folder an op and a file a backend; beside them a
-room for what belongs to one compiler (`native`, `pallas`, `xla`), to calls that it cannot look into (`opaque`), and to
-choosing a backend (`choice`).
+A folder for each layout of what is kept (`columns`, `rows`, `entries`), in it a folder an op and a file a backend;
+beside them a room for what belongs to one compiler (`native`, `pallas`, `xla`), to calls that it cannot look into
+(`opaque`), and to choosing a backend (`choice`).
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt32
 
-from msbp_jax.formats import Columns, Format, Rows
-from msbp_jax.kernels import rows
+from msbp_jax.formats import Columns, Entries, Format, Rows
+from msbp_jax.kernels import entries, rows
 from msbp_jax.kernels.choice import dispatch, target
 from msbp_jax.kernels.choice.layer import layer_of
 from msbp_jax.kernels.choice.order import products_order, selection_order
 from msbp_jax.kernels.choice.patches import patches_pay as patches_pay
-from msbp_jax.kernels.choice.rows import rows_pay_below as rows_pay_below
+from msbp_jax.kernels.choice.skipping import pays_below as pays_below
+from msbp_jax.kernels.choice.skipping import skips_natively as skips_natively
 from msbp_jax.kernels.columns import OPS as OPS
 from msbp_jax.kernels.columns.arguments import (
     check_inputs,
@@ -32,6 +36,7 @@ from msbp_jax.kernels.columns.arguments import (
     check_weight,
     checked_columns,
 )
+from msbp_jax.kernels.entries.arguments import check_entries
 from msbp_jax.kernels.native.calls import NOT_BUILT as NOT_BUILT
 from msbp_jax.kernels.rows import largest_of_members as largest_of_members
 from msbp_jax.kernels.rows import live_rows as live_rows
@@ -109,7 +114,7 @@ def grad_input(
     """Return `dx = p wᵀ` for a compact cotangent `p`.
 
     Args:
-      cotangent: `p`, representing `[rows, n]`: `Columns`, `Rows`, or a format with products of its own.
+      cotangent: `p`, representing `[rows, n]`: `Columns`, `Rows`, `Entries`, or a format with products of its own.
       weight: `[m, n]` if `feature_axis` is 1, `[n, m]` if it is 0.
       feature_axis: Where the `n` output features stand in `weight`.
       precision: As in `lax.dot_general`.
@@ -125,10 +130,10 @@ def grad_input(
     """
     if isinstance(cotangent, Format) and cotangent.brings_products:
         return cotangent.grad_input(weight, feature_axis, precision=precision, dtype=dtype, backend=backend)
-    if isinstance(cotangent, Rows):
-        check_rows(cotangent)
+    if isinstance(cotangent, Rows | Entries):
+        _check_matrix(cotangent)
         check_weight(cotangent, weight, feature_axis)
-        return _of_rows("grad_input", backend, cotangent, weight, feature_axis, precision, dtype)
+        return _of_matrix("grad_input", backend, cotangent, weight, feature_axis, precision, dtype)
     columns = checked_columns(cotangent)
     check_weight(columns, weight, feature_axis)
     order = products_order(layer_of(columns, weight.shape[1 - feature_axis]))
@@ -148,7 +153,7 @@ def grad_weight(
     """Return `dw = xᵀ p` for a compact cotangent `p`.
 
     Args:
-      cotangent: `p`, representing `[rows, n]`: `Columns`, `Rows`, or a format with products of its own.
+      cotangent: `p`, representing `[rows, n]`: `Columns`, `Rows`, `Entries`, or a format with products of its own.
       inputs: `x`, `[rows, m]`.
       feature_axis: Where the `n` output features stand in the result.
       precision: As in `lax.dot_general`.
@@ -164,10 +169,10 @@ def grad_weight(
     """
     if isinstance(cotangent, Format) and cotangent.brings_products:
         return cotangent.grad_weight(inputs, feature_axis, precision=precision, dtype=dtype, backend=backend)
-    if isinstance(cotangent, Rows):
-        check_rows(cotangent)
+    if isinstance(cotangent, Rows | Entries):
+        _check_matrix(cotangent)
         check_inputs(cotangent, inputs, feature_axis)
-        return _of_rows("grad_weight", backend, cotangent, inputs, feature_axis, precision, dtype)
+        return _of_matrix("grad_weight", backend, cotangent, inputs, feature_axis, precision, dtype)
     columns = checked_columns(cotangent)
     check_inputs(columns, inputs, feature_axis)
     order = products_order(layer_of(columns, inputs.shape[1]))
@@ -175,15 +180,75 @@ def grad_weight(
     return dispatch.run("grad_weight", OPS["grad_weight"], backend, *arguments, order=order)
 
 
-def _of_rows(op: str, backend: str | None, *args: Any) -> jax.Array:
-    """Run a product of `Rows`; kept rows are plain matrices to a GPU or TPU, whose backend here is XLA."""
-    known = rows.OPS[op]
-    return dispatch.run(op, known, "xla" if backend in OPS[op] and backend not in known else backend, *args)
+def _check_matrix(cotangent: Rows | Entries) -> None:
+    if isinstance(cotangent, Rows):
+        check_rows(cotangent)
+    else:
+        check_entries(cotangent)
 
 
-def rows_backend() -> str:
-    """Return the backend of the products of `Rows`, of a dtype that it takes, on the device that the program is for."""
-    return "native" if "native" in rows.OPS["grad_input"] and target.platform() == "cpu" else "xla"
+def _of_matrix(op: str, backend: str | None, cotangent: Rows | Entries, *args: Any) -> jax.Array:
+    """Run a product of a cotangent that comes as a matrix; on a GPU or TPU its backend is XLA."""
+    known = (rows if isinstance(cotangent, Rows) else entries).OPS[op]
+    backend = "xla" if backend in OPS[op] and backend not in known else backend
+    order = None
+    if isinstance(cotangent, Entries):
+        share = 1.0 if (kept := cotangent.kept_share()) is None else kept
+        (n_rows, n), m = cotangent.shape, args[0].shape[1 - args[1]] if op == "grad_input" else args[0].shape[1]
+        # A share that only the run tells is looked at by who calls this.
+        skips = cotangent.bits is None and (kept is None or share < pays_below(cotangent, n_rows, m, n))
+        order = None if skips else ("xla",)
+    return dispatch.run(op, known, backend, cotangent, *args, order=order)
+
+
+def dither(
+    cotangent: Float[Array, "rows n"],
+    key: UInt32[Array, " 2"],
+    step: Float[Array, ""],
+    *,
+    prunes: bool = False,
+    backend: str | None = None,
+) -> tuple[Float[Array, "rows n"], Float[Array, " rows"]]:
+    """Make entries 0 by chance, without bias, with noise that is a function of the key, the row and the column.
+
+        dithered    step floor(g / step + v)                                        v uniform in (0, 1)
+        pruned      g if |g| >= step,   else step sign(g) if v < |g| / step,   else 0
+
+    Args:
+      cotangent: `g`, any floating dtype.
+      key: Two words.
+      step: 0 leaves everything as it is.
+      prunes: Which of the two.
+      backend: "native" or "xla"; None to choose.
+
+    Returns:
+      In the dtype of `g`: the multiples, or in a dtype of 16 bits the whole levels, which are exact there; or pruned
+      entries. And how many of each row are not 0, float32.
+    """
+    numbers = jnp.arange(cotangent.shape[0], dtype=jnp.uint32)
+    run = functools.partial(dispatch.run, "dither", _keyed(entries.OPS["dither"], prunes), backend)
+    return run(cotangent, numbers, key, step)
+
+
+def _keyed(implementations: Mapping[str, Callable[..., Any]], prunes: bool) -> dict[str, Callable[..., Any]]:
+    return {name: functools.partial(function, prunes=prunes) for name, function in implementations.items()}
+
+
+def spread(cotangent: Float[Array, "rows n"], *, backend: str | None = None) -> Float[Array, ""]:
+    """Return the standard deviation of the finite entries of rows that are not exactly 0; 0 if all are equal.
+
+    Args:
+      cotangent: Any floating dtype.
+      backend: "native" or "xla"; None to choose.
+    """
+    count, mean, squares = dispatch.run("row_moments", entries.OPS["row_moments"], backend, cotangent).T
+    some = count > 0
+    # Means are taken relative to the first of them, so that equal ones have that for a mean, to the bit.
+    off = jnp.where(some, mean - mean[jnp.argmax(some)], 0)
+    total = jnp.maximum(count.sum(), 1)
+    middle = (count * off).sum() / total
+    within = jnp.where(some, squares, 0).sum() + jnp.where(some, count * jnp.square(off - middle), 0).sum()
+    return jnp.sqrt(within / total)
 
 
 def backends() -> dict[str, tuple[str, ...]]:

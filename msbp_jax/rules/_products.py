@@ -109,8 +109,11 @@ def _unless_dense_pays(
     share: Float[Array, ""], operation: Operation, operands: Operands, p: Format, dims: Dims, out: Shape
 ) -> tuple[jax.Array, jax.Array]:
     """Return the products of the canonical matrices or, where too much is kept for them to pay, plain JAX's."""
-    dense_pays = kernels.largest_of_members(share) > kernels.rows_pay_below(dims.rows, dims.m, dims.n)
+    below = kernels.pays_below(p, dims.rows, dims.m, dims.n)
     dense = lambda: _on_matrix(operation, operands, p, dims, out)
+    if below == 0:
+        return dense()
+    dense_pays = kernels.largest_of_members(share) > below
     compact = lambda: _by_matrices(operation, operands, p, dims, out, None)
     # Each by itself, so that one that nobody needs is not computed.
     dlhs = jax.lax.cond(dense_pays, lambda: dense()[0], lambda: compact()[0])

@@ -15,9 +15,8 @@ from msbp_jax.kernels.residual import takes_part
 from msbp_jax.sparsifiers._base import EXAMPLE, RowsPerGroup, Sparsifier, check_rows_per_group
 from msbp_jax.sparsifiers._draw import draw
 from msbp_jax.sparsifiers._keys import StartingKey
+from msbp_jax.sparsifiers._running import running
 from msbp_jax.sparsifiers._where import Where
-
-_MEMORY_OF_MEANS = 10  # steps over which what the state tells is a running mean
 
 
 class SampledRowsState(NamedTuple):
@@ -235,8 +234,7 @@ def _norms(u: Float[Array, "rows n"]) -> Float[Array, " rows"]:
 def _told(state: SampledRowsState, key: jax.Array, efficiency: jax.Array, weight: jax.Array) -> SampledRowsState:
     """Return the state after a step: what it tells is a running mean, at first of all steps."""
     count = jnp.sum(weight != 0, dtype=jnp.float32)
-    share = jnp.maximum(1 / (state.steps + 1), 1 / _MEMORY_OF_MEANS)
-    mean = lambda old, new: old + share * (new - old)
+    mean = lambda old, new: running(old, new, state.steps)
     return SampledRowsState(
         key=key,
         efficiency=mean(state.efficiency, efficiency),

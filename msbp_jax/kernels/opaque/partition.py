@@ -47,6 +47,10 @@ SPLITS = {
     "native grad_weight": Split("{values}, {index}, {rows} m -> a b"),
     "native live_rows": Split("{rows} n -> {rows}"),
     "native rows grad_input": Split("{rows} n, {rows}, a b -> {rows} m"),
+    "native dither": Split("{rows} n, {rows}, k, s -> {rows} n, {rows}"),
+    "native row_moments": Split("{rows} n -> {rows} c"),
+    "native entries grad_input": Split("{rows} n, s, a b -> {rows} m"),
+    "native entries grad_weight": Split("{rows} n, s, {rows} m -> a b"),
     "native rows grad_weight": Split("{rows} n, {rows}, {rows} m -> a b"),
 }
 

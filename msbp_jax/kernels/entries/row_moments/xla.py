@@ -1,0 +1,20 @@
+"""The reference of `row_moments`."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from msbp_jax.formats import accumulation_dtype, finite
+from msbp_jax.kernels.residual import takes_part
+
+
+def row_moments(cotangent: Float[Array, "rows n"]) -> Float[Array, "rows 3"]:
+    """See `msbp_jax.kernels.row_moments`."""
+    dtype = accumulation_dtype(cotangent.dtype)
+    g, takes = cotangent.astype(dtype), jnp.isfinite(cotangent)
+    count = jnp.sum(takes, axis=1, dtype=dtype)
+    first = finite(g[:, :1])  # taken off before the sum, so that equal entries have themselves for a mean
+    mean = first[:, 0] + jnp.where(takes, g - first, 0).sum(axis=1) / jnp.maximum(count, 1)
+    squares = jnp.square(jnp.where(takes, g - mean[:, None], 0)).sum(axis=1)
+    return jnp.stack([jnp.where(takes_part(cotangent)[:, 0], count, 0), mean, squares], axis=1)
