@@ -10,11 +10,22 @@
 #include "noise.h"
 #include "parallel.h"
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 MSBP_INLINE Floats chosen(Ints mask, Floats a, Floats b) { return (Floats)(((Ints)a & mask) | ((Ints)b & ~mask)); }
 
 MSBP_INLINE Floats rounded_down(Floats x) {
+#ifdef __AVX2__
+#ifdef __AVX512F__
+  return (Floats)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#else
+  return (Floats)_mm256_floor_ps((__m256)x);
+#endif
+#endif
   const Ints small = magnitude(x) < broadcast(0x1p23f);  // larger ones are whole; and NaN stays
   Floats whole = __builtin_convertvector(__builtin_convertvector(chosen(small, x, Floats{}), Ints), Floats);
   whole = chosen(whole > x, whole - 1.0f, whole);
@@ -50,23 +61,25 @@ void dither(const msbp::Dither& d, msbp::Pool& pool) {
       Value* place = out + i * d.n;
       const RowNoise noise(d.key, d.row_numbers[i]);
       Ints kept{};
-      const auto of = [&](Floats g, int64_t j) {
+      Words columns = first_columns();
+      const auto of = [&](Floats g) {
         if (whole) return g;
-        const Floats v = noise.at(static_cast<uint32_t>(j));
+        const Floats v = noise.at(columns);
         if (d.prunes) return pruned(g, step, v);
         const Floats level = dithered(g, step, v);
         return sizeof(Value) == sizeof(float) ? level * step : level;  // levels are exact in 16 bits, multiples are not
       };
       int64_t j = 0;
       for (; j + VL <= d.n; j += VL) {
-        const Floats found = of(load(row + j), j);
+        const Floats found = of(load(row + j));
+        columns += kNextColumns;
         kept -= not_zero(found);
         store_as(place + j, found);
       }
       if (j < d.n) {
         Floats last{};
         for (int64_t q = j; q < d.n; ++q) last[q - j] = widen(row[q]);
-        const Floats found = of(last, j);
+        const Floats found = of(last);
         for (int64_t q = j; q < d.n; ++q) {
           kept[q - j] -= not_zero(found)[q - j];
           narrow(found[q - j], place + q);

@@ -16,6 +16,14 @@ MSBP_INLINE uint32_t mixed(uint32_t x) {
   return x ^ (x >> 16);
 }
 
+// The first columns, and how far on the next ones are, times kColumnStep.
+MSBP_INLINE Words first_columns() {
+  Words lane;
+  for (int i = 0; i < VL; ++i) lane[i] = i * kColumnStep;
+  return lane;
+}
+constexpr uint32_t kNextColumns = VL * kColumnStep;
+
 // What the entries of a row have in common.
 struct RowNoise {
   uint32_t start, twist;
@@ -25,11 +33,9 @@ struct RowNoise {
     twist = mixed((start + kColumnStep) ^ key[0]);
   }
 
-  // Uniform on the odd multiples of 2^-24 in (0, 1), for the columns [first, first + VL).
-  Floats at(uint32_t first) const {
-    Words lane;
-    for (int i = 0; i < VL; ++i) lane[i] = i;
-    Words x = (lane + first) * kColumnStep + start;
+  // Uniform on the odd multiples of 2^-24 in (0, 1), for a vector of columns times kColumnStep.
+  MSBP_INLINE Floats at(Words stepped) const {
+    Words x = stepped + start;
     x = (x ^ (x >> 16)) * kFirst;
     x = ((x ^ (x >> 15)) + twist) * kSecond;
     x = (x ^ (x >> 16)) >> 9;

@@ -7,7 +7,7 @@ from msbp_jax.kernels.choice import target
 from msbp_jax.kernels.native import calls as native_calls
 
 _ROWS = 0.75
-_ENTRIES = 0.25
+_ENTRIES = 1 / 3
 
 
 def pays_below(p: Format, rows: Size, m: int, n: int) -> float:
