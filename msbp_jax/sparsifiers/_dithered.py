@@ -49,9 +49,10 @@ def dithered(scale: float, *, bits: Literal[8, 4] | None = None, key: jax.Array 
     Returns:
       The sparsifier. Its state has the key, and running means for `msbp.metrics`: the density and, with `bits`, how
       many entries a step were clipped. The spread is that of all rows that are not exactly 0; where it is 0, g is
-      passed on exactly. Gradients of biases are those of the whole g. What is not finite is passed on; with `bits` it makes all
-      of the site's gradient NaN, as levels cannot. It serves layers of any width. On a CPU the native kernels skip the
-      zeros; elsewhere, and for convolutions, the products are those of the whole matrix, and only bits save anything.
+      passed on exactly. Gradients of biases are those of the whole g. What is not finite is passed on; with `bits` it
+      makes all of the site's gradient NaN, as levels cannot. It serves layers of any width. On a CPU the native
+      kernels skip the zeros; elsewhere, and for convolutions, the products are those of the whole matrix, and only
+      bits save anything.
 
     Raises:
       ValueError: `scale` is not positive and finite, or `bits` none of None, 8 and 4.

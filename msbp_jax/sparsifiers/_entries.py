@@ -87,6 +87,11 @@ def share_of(kept: Float[Array, " rows"], entries: Any) -> Float[Array, ""]:
     return kept.sum() / jnp.maximum(jnp.asarray(entries, jnp.float32), 1)
 
 
+type _Newton = tuple[
+    jax.Array, jax.Array, jax.Array, jax.Array
+]  # 1/t, how many are certain, whether it is there, steps
+
+
 def threshold_for(sizes: Float[Array, "rows n"], count: Float[Array, ""]) -> Float[Array, ""]:
     """Return the t with `sum min(1, sizes / t) = count`; 0 if there are no more sizes than that.
 
@@ -99,7 +104,7 @@ def threshold_for(sizes: Float[Array, "rows n"], count: Float[Array, ""]) -> Flo
     """
     total = lambda array: array.sum(axis=0).sum()  # column by column first: a CPU does that in vectors
 
-    def closer(carry: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    def closer(carry: _Newton) -> _Newton:
         c, certain, _, steps = carry
         kept = c * sizes >= 1
         number, rest = total(kept.astype(sizes.dtype)), total(jnp.where(kept, 0, sizes))

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from msbp_jax import kernels
-from msbp_jax.formats import Columns, Format
+from msbp_jax.formats import Columns, Entries, Format
 from msbp_jax.kernels.choice.advice import note, warning
 from msbp_jax.kernels.choice.layer import Layer, layer_of
 from msbp_jax.kernels.choice.order import fastest_first
@@ -38,7 +38,7 @@ class SparseRow:
       one_group: Whether all rows share one, `rows_per_group=None`.
       backend: Backend that will run.
       saved: Share of the backward's multiply-adds that is saved.
-      by_rows: Whether more is saved as rows are left out, which only the run tells.
+      skips: What is left out besides, as only the run tells: "rows", "entries", or "" for nothing.
       instances: How many memories it has (stacked layers).
       warning: Why it will probably be slower than dense ("" if not).
     """
@@ -55,14 +55,14 @@ class SparseRow:
     one_group: bool
     backend: str
     saved: float
-    by_rows: bool
+    skips: str
     instances: int
     warning: str
 
 
-_BY_ROWS = (
-    "By rows: what is saved is the share of the rows that are left out; while none is, looking for them costs a few "
-    "percent of a step, most where layers are small."
+_BY = (
+    "{}: what is saved is the share of the {} that are left out; while none is, looking for them costs a few percent "
+    "of a step, most where layers are small."
 )
 
 
@@ -110,8 +110,8 @@ class Report:
         for row in self.sparse:
             if row.warning:
                 console.print(f"{row.name}: {row.warning}", highlight=False)
-        if any(row.by_rows for row in self.sparse):
-            console.print(_BY_ROWS, highlight=False)
+        for skipped in _skipped(self):
+            console.print(_BY.format(skipped.capitalize(), skipped), highlight=False)
         if said := note():
             console.print(said, highlight=False)
         return text.getvalue().rstrip()
@@ -145,7 +145,10 @@ def _sparse_row(site: Site, backend: str | None) -> SparseRow:
     assert site.operation is not None
     dims, p = site.dims, _abstract_result(site)
     paths = [path_of(q, site.operation, site.found.lhs.shape, site.found.rhs.shape, backend) for q in p.parts]
-    shares = [1.0 if path is Path.DENSE else q.kept_share() for q, path in zip(p.parts, paths, strict=True)]
+    shares = [
+        1.0 if path is Path.DENSE or not _skips(site, q, backend) else q.kept_share()
+        for q, path in zip(p.parts, paths, strict=True)
+    ]
     return SparseRow(
         name=site.name,
         contraction=_shapes(site),
@@ -159,7 +162,7 @@ def _sparse_row(site: Site, backend: str | None) -> SparseRow:
         one_group=p.columns_are_shared,
         backend=_chosen(site, p, paths, backend),
         saved=1 - sum(1.0 if share is None else share for share in shares) / 2,
-        by_rows=any(path is not Path.DENSE and share is None for path, share in zip(paths, shares, strict=True)),
+        skips=next((q.skips for q, share in zip(p.parts, shares, strict=True) if share is None), ""),
         instances=math.prod(site.instances),
         warning=_warning(site, p, paths, backend),
     )
@@ -181,14 +184,29 @@ def _fastest(site: Site, p: Format) -> str:
         return fastest_first(layer)[0]
     if p.brings_products:
         return "its own"
+    if not _skips(site, p, None):
+        return "xla, dense" if getattr(p, "bits", None) is None else "xla, 8 bits"
     dims = site.dims
-    return f"{kernels.rows_backend()}, below {kernels.rows_pay_below(dims.rows, dims.m, dims.n):.0%} of the rows"
+    backend = "native" if kernels.skips_natively() else "xla"
+    return f"{backend}, below {kernels.pays_below(p, dims.rows, dims.m, dims.n):.0%} of the {p.skips}"
+
+
+def _skips(site: Site, p: Format, backend: str | None) -> bool:
+    """Whether products leave out what is 0 here."""
+    dims = site.dims
+    if isinstance(p, Entries) and backend == "native":
+        return p.bits is None
+    if isinstance(p, Entries) and backend is not None:
+        return False
+    return p.kept_share() != 1 and kernels.pays_below(p, dims.rows, dims.m, dims.n) > 0
 
 
 def _warning(site: Site, p: Format, paths: list[Path], backend: str | None) -> str:
     layer = _layer(site, p)
     # A part that keeps everything is dense on purpose.
     whole = [q for q, path in zip(p.parts, paths, strict=True) if path is Path.DENSE and q.kept_share() != 1]
+    if not whole and any(isinstance(q, Entries) for q in p.parts):
+        return _warning_of_entries(site, p, backend)
     if not whole:
         return warning(layer, backend) if layer is not None and paths == [Path.ROWS, Path.ROWS] else ""
     slower = (
@@ -199,7 +217,8 @@ def _warning(site: Site, p: Format, paths: list[Path], backend: str | None) -> s
     if backend == "dense":
         return f'{slower}backend="dense" asks for it.'
     if not any(q.pays_on_patches for q in whole):
-        return "its products run whole: rows are left out of matrix products, and not yet of other contractions."
+        skipped = whole[0].skips
+        return f"its products run whole: {skipped} are left out of matrix products, and not yet of other contractions."
     assert site.operation is not None
     if site.found.primitive == "conv_general_dilated" and backend is None and site.operation.narrows:
         return (
@@ -208,6 +227,17 @@ def _warning(site: Site, p: Format, paths: list[Path], backend: str | None) -> s
             "rows_per_group=None makes it smaller convolutions; msbp.dense() leaves it out."
         )
     return f"{slower}a grouped contraction gains nothing from groups of rows. msbp.dense() leaves it out."
+
+
+def _warning_of_entries(site: Site, p: Format, backend: str | None) -> str:
+    parts = [q for q in p.parts if isinstance(q, Entries) and not _skips(site, q, backend)]
+    if any(q.bits is None and q.kept_share() != 1 for q in parts):
+        return (
+            "its products run whole, on the sparse gradient: only native kernels, on a CPU, leave out single entries."
+        )
+    if parts and parts[0].bits is not None and kernels.emulates_8_bits():
+        return "a CPU emulates 8-bit products, with equal results and no faster than dense."
+    return ""
 
 
 def _layer(site: Site, p: Format) -> Layer | None:
@@ -229,16 +259,20 @@ def _shapes(site: Site) -> str:
     return f"{lhs} . {rhs}"
 
 
+def _skipped(report: Report) -> list[str]:
+    """Return what is left out as only the run tells, each once."""
+    return sorted({row.skips for row in report.sparse if row.skips}, reverse=True)
+
+
 def _sparse_table(report: Report) -> Table:
-    by_rows = any(row.by_rows for row in report.sparse)
     title = f"Sparse backward: {report.saved:.1%} of all backward multiply-adds saved"
-    title += ", and the share of the rows that are left out" if by_rows else ""
+    title += "".join(f", and the share of the {skipped} that are left out" for skipped in _skipped(report))
     table = Table(title=title, title_justify="left")
     for heading in ("site", "contraction", "sparsifier", "keeps", "rows/group", "memories", "backend", "saved"):
         table.add_column(heading, overflow="fold")
     for row in report.sparse:
         group = "None" if row.one_group else "-" if row.rows_per_group is None else str(row.rows_per_group)
-        saved = "by rows" if row.by_rows else f"{row.saved:.1%}"
+        saved = f"by {row.skips}" if row.skips else f"{row.saved:.1%}"
         cells = (row.keeps, group, str(row.instances), row.backend, saved)
         table.add_row(row.name, row.contraction, row.sparsifier, *cells)
     return table

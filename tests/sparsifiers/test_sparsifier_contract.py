@@ -42,6 +42,11 @@ TABLE = {
     "sample_rows density": msbp.sample_rows(density=0.25),
     "sample_rows r=5": msbp.sample_rows(efficiency=0.8, rows_per_group=5),
     "sample_rows example": msbp.sample_rows(density=0.5, rows_per_group="example"),
+    "dithered": msbp.dithered(2),
+    "dithered 8 bits": msbp.dithered(2, bits=8),
+    "dithered 4 bits": msbp.dithered(0.5, bits=4),
+    "sample_entries": msbp.sample_entries(0.25),
+    "stochastic_prune": msbp.stochastic_prune(0.9),
     "skip_zero_rows": msbp.skip_zero_rows(),
     "split": msbp.split(dx=msbp.dense(), dw=msbp.top_k(k=5)),
     "split sample_rows": msbp.split(
@@ -59,7 +64,8 @@ def test_every_factory_is_in_the_table():
         for name, value in vars(msbp).items()
         if inspect.isfunction(value) and inspect.signature(value).return_annotation == "Sparsifier"
     }
-    assert factories == {"dense", "top_k", "random_k", "memorized", "sample_rows", "skip_zero_rows", "split"}
+    plain = {"dense", "top_k", "random_k", "memorized", "sample_rows", "skip_zero_rows", "split"}
+    assert factories == plain | {"dithered", "sample_entries", "stochastic_prune"}
     assert all(any(factory in name for name in TABLE) for factory in factories)
 
 

@@ -260,15 +260,15 @@ def test_the_report():
     report = f.report(PARAMS, X)
     entering = "@outputs: sample_rows(efficiency=0.95), once, of the gradient where it enters, 16 rows of 32 entries."
     assert report.entering == entering
-    assert {row.name: (row.sparsifier, row.keeps, row.by_rows) for row in report.sparse} == dict.fromkeys(
-        ("w", "v"), ("skip_zero_rows()", "rows that are not 0", True)
+    assert {row.name: (row.sparsifier, row.keeps, row.skips) for row in report.sparse} == dict.fromkeys(
+        ("w", "v"), ("skip_zero_rows()", "rows that are not 0", "rows")
     )
     kernel = "native" if "native" in msbp.backends()["grad_input"] else "xla"
     assert {row.backend for row in report.sparse} == {f"{kernel}, below 75% of the rows"}
     text = str(report)
     assert entering in text
     assert "by rows" in text
-    assert "By rows: what is saved is the share of the rows that are left out" in text
+    assert "Rows: what is saved is the share of the rows that are left out" in text
     assert report.dense == ()
 
 
@@ -288,5 +288,5 @@ def test_outputs_of_one_example_are_rows_of_their_own():
 
 def test_the_report_of_a_density_that_is_known():
     report = msbp.sparse_vjp(network, {"*": HALF}).report(PARAMS, X)
-    assert {(row.keeps, row.saved, row.by_rows) for row in report.sparse} == {("0.5 of the rows", 0.5, False)}
+    assert {(row.keeps, row.saved, row.skips) for row in report.sparse} == {("0.5 of the rows", 0.5, "")}
     assert report.entering == ""

@@ -182,7 +182,7 @@ def test_there_is_nothing_to_remember():
 def test_the_report_says_which_rows_and_up_to_which_share():
     report = msbp.sparse_vjp(mlp, SKIP).report(PARAMS, X)
     assert [row.name for row in report.sparse] == ["a", "c", "out"]  # however narrow
-    assert {(row.keeps, row.by_rows, row.saved) for row in report.sparse} == {("rows that are not 0", True, 0.0)}
+    assert {(row.keeps, row.skips, row.saved) for row in report.sparse} == {("rows that are not 0", "rows", 0.0)}
     assert all("of the rows" in row.backend for row in report.sparse)
     assert report.entering == ""
     assert "by rows" in str(report)
@@ -206,6 +206,6 @@ def test_convolutions_run_whole_and_the_report_says_so(padding):
     assert_trees_equal(grad(f), grad(network))
     report = f.report(w, x)
     assert report.sparse[0].backend == "xla, dense"
-    assert not report.sparse[0].by_rows
+    assert not report.sparse[0].skips
     said = "its products run whole: rows are left out of matrix products, and not yet of other contractions"
     assert said in report.sparse[0].warning

@@ -62,9 +62,14 @@ def int_dot(lhs: Int[Array, ...], rhs: Int[Array, ...], axes: tuple[int, int]) -
       rhs: int8, two axes.
       axes: Which axis of each is contracted.
     """
-    if target.platform() != "cpu" or _compat.is_symbolic(*lhs.shape, *rhs.shape):
+    if not emulates_8_bits() or _compat.is_symbolic(*lhs.shape, *rhs.shape):
         return lax.dot_general(lhs, rhs, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.int32)
     return _exact_in_floats(lhs, rhs, axes)
+
+
+def emulates_8_bits() -> bool:
+    """Whether products in 8 bits are made of floats on the platform that the program is for."""
+    return target.platform() == "cpu"
 
 
 def _exact_in_floats(lhs: jax.Array, rhs: jax.Array, axes: tuple[int, int]) -> jax.Array:
@@ -74,7 +79,6 @@ def _exact_in_floats(lhs: jax.Array, rhs: jax.Array, axes: tuple[int, int]) -> j
     length = lhs.shape[0]
     total = jnp.zeros((lhs.shape[1], rhs.shape[1]), jnp.int32)
     for begin in range(0, length, at_once):
-        parts = [array[begin : begin + at_once].astype(jnp.float32) for array in (lhs, rhs)]
-        # At full precision: a matrix unit that multiplies in fewer bits would round.
-        total += lax.dot_general(*parts, (((0,), (0,)), ((), ())), precision="highest").astype(jnp.int32)
+        a, b = (array[begin : begin + at_once].astype(jnp.float32) for array in (lhs, rhs))
+        total += lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision="highest").astype(jnp.int32)
     return total
