@@ -115,9 +115,9 @@ def memorized(
         _checks.positive_int("shards", shards, "blocks of rows with a memory each")
     if not sparsifier.remembers:
         raise ValueError(
-            f"memorized remembers what a sparsifier leaves out, got {sparsifier}, which weighs up what it keeps: "
-            "nothing is left to remember. Use it without memorized; a memory goes with columns chosen within the rows "
-            'that are left: {"@outputs": sample_rows(...), "*": memorized(top_k(...), ...)}.'
+            f"memorized remembers what a sparsifier leaves out, got {sparsifier}, which is unbiased: on the "
+            "average, nothing is left to remember. Use it without memorized; a memory goes with columns chosen within "
+            'the rows that are left: {"@outputs": sample_rows(...), "*": memorized(top_k(...), ...)}.'
         )
     if isinstance(getattr(sparsifier.apply, "__self__", None), _Memorized | _Shards):
         raise _has_a_memory(sparsifier)

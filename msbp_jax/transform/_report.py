@@ -206,7 +206,7 @@ def _warning(site: Site, p: Format, paths: list[Path], backend: str | None) -> s
     # A part that keeps everything is dense on purpose.
     whole = [q for q, path in zip(p.parts, paths, strict=True) if path is Path.DENSE and q.kept_share() != 1]
     if not whole and any(isinstance(q, Entries) for q in p.parts):
-        return _warning_of_entries(site, p, backend)
+        return _warning_of_entries(site, p, paths, backend)
     if not whole:
         return warning(layer, backend) if layer is not None and paths == [Path.ROWS, Path.ROWS] else ""
     slower = (
@@ -229,12 +229,14 @@ def _warning(site: Site, p: Format, paths: list[Path], backend: str | None) -> s
     return f"{slower}a grouped contraction gains nothing from groups of rows. msbp.dense() leaves it out."
 
 
-def _warning_of_entries(site: Site, p: Format, backend: str | None) -> str:
+def _warning_of_entries(site: Site, p: Format, paths: list[Path], backend: str | None) -> str:
     parts = [q for q in p.parts if isinstance(q, Entries) and not _skips(site, q, backend)]
     if any(q.bits is None and q.kept_share() != 1 for q in parts):
         return (
             "its products run whole, on the sparse gradient: only native kernels, on a CPU, leave out single entries."
         )
+    if parts and parts[0].bits is not None and Path.DENSE in paths:
+        return "its products run whole, in floats: 8 bits are for matrix products, and not yet for other contractions."
     if parts and parts[0].bits is not None and kernels.emulates_8_bits():
         return "a CPU emulates 8-bit products, with equal results and no faster than dense."
     return ""

@@ -55,6 +55,10 @@ SPARSIFIERS = {
     "a share of the rows": msbp.sample_rows(density=0.5),
     "a number of rows": msbp.sample_rows(count=1),
     "rows at the site": {"*": msbp.sample_rows(efficiency=0.8)},
+    "dithered": msbp.dithered(2),
+    "dithered, 8 bits": msbp.dithered(2, bits=8),
+    "entries": msbp.sample_entries(0.3),
+    "pruned": msbp.stochastic_prune(0.8),
     "rows of zeros": msbp.skip_zero_rows(),
     "split": msbp.split(dx=msbp.dense(), dw=TOP()),
 }
