@@ -184,7 +184,7 @@ def _cnn(folder: pathlib.Path | None, small: bool) -> Task:
         optimizer=optax.adam,
         rates=(5e-4, 1e-3, 2e-3),
         batch=256,
-        budgets=(15, 30, 60),
+        budgets=(10, 20, 40),
         columns=(0.5, None),
         samples_rows=False,
     )
@@ -212,7 +212,7 @@ def _tagger(folder: pathlib.Path | None, small: bool) -> Task:
         **arrays,
         rates=(1e-3, 2e-3, 4e-3),
         batch=64,
-        budgets=(8, 16, 32),
+        budgets=(5, 10, 20),
         columns=(0.1, 32),
     )
 
@@ -221,7 +221,7 @@ def _transformer(folder: pathlib.Path | None, small: bool) -> Task:
     arrays, data = _words(folder)
     module = Encoder(data.vocabulary, data.tags, 64 if small else 128)
     return Task(
-        name="transformer", module=module, **arrays, rates=(5e-4, 1e-3, 2e-3), batch=64, budgets=(8, 16, 32),
+        name="transformer", module=module, **arrays, rates=(5e-4, 1e-3, 2e-3), batch=64, budgets=(5, 10, 20),
         columns=(0.25, 32),
     )  # fmt: skip
 
@@ -245,7 +245,7 @@ def _language(folder: pathlib.Path | None, small: bool) -> Task:
         optimizer=optax.adam,
         rates=(1e-3, 2e-3, 4e-3),
         batch=32,
-        budgets=(8, 16, 32),
+        budgets=(5, 10, 20),
         columns=(0.25, 32),
         epochs=1,
     )

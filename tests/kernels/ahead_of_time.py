@@ -116,7 +116,21 @@ def programs(platform, all_of_them):
         both = lambda p, w: (kernels.grad_input(p, w, 1, **options), kernels.grad_weight(p, w, 1, **options))
         yield "int8 values with a scale", both, (levels, shape((512, 512), jnp.bfloat16))
         yield "mapped", *mapped(options)
+    yield "8 bits", *in_8_bits()
     yield "step", *training_step(platform)
+
+
+def in_8_bits():
+    """Return the backward of a dithered gradient in 8 bits, and its shapes."""
+
+    def backward(levels, scale, x, w):
+        p = msbp.Entries(levels, scale, bits=8, dtype=x.dtype)
+        return kernels.grad_input(p, w, 1, dtype=x.dtype), kernels.grad_weight(p, x, 1, dtype=x.dtype)
+
+    shape = lambda dtype, *size: jax.ShapeDtypeStruct(size, dtype)
+    bf16 = jnp.bfloat16
+    shapes = shape(jnp.int8, 1024, 2048), shape(jnp.float32), shape(bf16, 1024, 512), shape(bf16, 512, 2048)
+    return backward, shapes
 
 
 def mapped(options):
@@ -201,6 +215,8 @@ def compiled(lower):
         "operations": cost.get("flops"),
         "bytes": cost.get("bytes accessed"),
         "kernels": sorted(set(re.findall(r"msbp_(?!jax)\w+", program.as_text()))),
+        # Matrix products whose result is in whole numbers.
+        "whole_products": len(re.findall(r"= s32\[[^=]* (?:dot|convolution)\(", program.as_text())),
     }
 
 

@@ -166,9 +166,9 @@ def test_training_a_flax_model(bits):
         memory=model.init_memory(variables, X),
     )  # fmt: skip
     loss_fn = lambda p, m, batch: ((model.apply({"params": p}, batch[0], memory=m) - batch[1]) ** 2).mean()
-    losses = []
+    losses, step = [], jax.jit(msbp.value_and_grad(loss_fn))
     for _ in range(60):
-        value, grads, memory = jax.jit(msbp.value_and_grad(loss_fn))(state.params, state.memory, (X, TARGET))
+        value, grads, memory = step(state.params, state.memory, (X, TARGET))
         state = state.apply_gradients(grads=grads, memory=memory)
         losses.append(float(value))
     assert losses[-1] < 0.5 * losses[0]
