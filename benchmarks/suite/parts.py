@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from benchmarks.suite import choice, compile_time, convolutions, layers, layout, rows, selection, step_memory, steps
+from benchmarks.suite import (
+    choice,
+    compile_time,
+    convolutions,
+    entries,
+    layers,
+    layout,
+    rows,
+    selection,
+    step_memory,
+    steps,
+)
 from benchmarks.suite.context import Part
 
 PARTS = {
@@ -37,6 +48,7 @@ PARTS = {
     "padding": Part(
         "steps that skip rows of zeros, of batches with many of them and with none", 21, rows.measure_steps
     ),
+    "entries": Part("dithering, and dx and dw of the entries that are left, over shares of zeros", 21, entries.measure),
     "steps": Part(
         "whole training steps: networks, optimizers, the bound of Amdahl's law, PyTorch",
         7,

@@ -1,4 +1,4 @@
-"""What is compared: dense at four batch sizes, rows sampled at three, rows sampled without looking, and columns.
+"""What is compared: dense at four batch sizes, rows sampled at three, uniform rows, dithering, and columns.
 
 `rows 1` samples nothing and shows what the code for it costs. `uniform rows` keeps as many as `rows .95` kept on the
 average, drawn without a look at the gradient, through the same code.
@@ -39,7 +39,7 @@ def names(task: Task) -> list[str]:
     """Return the methods of a task in the order in which they are run."""
     dense = ["dense", "dense B/2", "dense B/4", "dense B/8"]
     rows = ["rows .95", "rows .95 B/4", "rows .95 B/8", "rows .9", "rows 1", UNIFORM] if task.samples_rows else []
-    return [*dense, *rows, "top-k", "MSBP"]
+    return [*dense, *rows, "dithered 4", "top-k", "MSBP"]
 
 
 def make(task: Task, name: str, density: float) -> Method:
@@ -63,6 +63,7 @@ def make(task: Task, name: str, density: float) -> Method:
         "rows .9": Method(1, msbp.sample_rows(efficiency=0.9)),
         "rows 1": Method(1, msbp.sample_rows(efficiency=1.0)),
         UNIFORM: Method(1, uniform_rows(density), density),
+        "dithered 4": Method(1, msbp.dithered(4)),
         "top-k": Method(1, top_k),
         "MSBP": Method(1, msbp.memorized(top_k, decay=0.8)),
     }[name]

@@ -1,0 +1,73 @@
+"""A training run over epochs, and what its gradients were like: zeros of each layer, clipped levels, accuracy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import msbp_jax as msbp
+from benchmarks.dithered.networks import Task
+
+
+def train(task: Task, plan: msbp.Sparsifier | None, seed: int) -> dict[str, Any]:
+    """Return loss, accuracy and what the states tell after every epoch.
+
+    Args:
+      task: What is trained.
+      plan: What the backward propagates; None for plain JAX.
+      seed: Of parameters, order and noise.
+    """
+    x, y = task.train
+    params = task.module.init(jax.random.key(seed), x[:1])["params"]
+    if plan is None:
+        memory: Any = {}
+        plain = lambda params, x: task.module.apply({"params": params}, x)
+        of = jax.value_and_grad(lambda params, x, y: mean_loss(plain(params, x), y))
+        gradients = lambda params, memory, x, y: (*of(params, x, y), memory)
+    else:
+        model = msbp.sparse_vjp(task.module, plan)
+        memory = reseeded(model.init_memory({"params": params}, x[: task.batch]), seed)
+        apply = lambda params, memory, x: model.apply({"params": params}, x, memory=memory)
+        gradients = msbp.value_and_grad(lambda params, memory, x, y: mean_loss(apply(params, memory, x), y))
+
+    def step(state: Any, rows: jax.Array) -> tuple[Any, tuple[jax.Array, dict[str, jax.Array]]]:
+        params, memory, opt_state = state
+        loss, grads, memory = gradients(params, memory, x[rows], y[rows])
+        updates, opt_state = task.optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), memory, opt_state), (loss, msbp.metrics(memory))
+
+    epoch = jax.jit(lambda state, order: jax.lax.scan(step, state, order), donate_argnums=0)
+    state = jax.tree.map(jnp.copy, (params, memory, task.optimizer.init(params)))
+    draw, steps = np.random.default_rng(seed), len(y) // task.batch
+    found: dict[str, Any] = {"loss": [], "accuracy": [], "told": []}
+    for _ in range(task.epochs):
+        order = draw.permutation(len(y))[: steps * task.batch].reshape(steps, task.batch)
+        state, (losses, told) = epoch(state, jnp.asarray(order))
+        found["loss"].append(round(float(losses.mean()), 5))
+        found["accuracy"].append(round(accuracy(task, state[0]), 3))
+        found["told"].append({name: round(float(values.mean()), 5) for name, values in told.items()})
+    return found
+
+
+def mean_loss(logits: Any, labels: jax.Array) -> jax.Array:
+    """Return the mean cross-entropy."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def accuracy(task: Task, params: Any) -> float:
+    """Return how much of the test set is told right, in percent."""
+    x, y = task.test
+    size = min(1000, len(y))
+    cut = lambda array: array[: len(y) // size * size].reshape(-1, size, *array.shape[1:])
+    right = lambda part: (jnp.asarray(task.module.apply({"params": params}, part[0])).argmax(-1) == part[1]).mean()
+    return 100 * float(jax.lax.map(right, (cut(x), cut(y))).mean())
+
+
+def reseeded(memory: Any, seed: int) -> Any:
+    """Return a memory whose keys another seed made."""
+    is_key = lambda leaf: jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.tree.map(lambda leaf: jax.random.fold_in(leaf, seed) if is_key(leaf) else leaf, memory)
