@@ -5,7 +5,7 @@ python -m benchmarks.dithered zeros --tasks mlp         # zeros and accuracy aga
 python -m benchmarks.dithered workers                   # several workers, with a scale that grows with their number
 python -m benchmarks.dithered --small                   # a few steps, to see that it runs
 
-Times of the backward are `python -m benchmarks entries`, the time to an accuracy `python -m benchmarks.time_to_accuracy`.
+Times of the backward: `python -m benchmarks entries`. Time to an accuracy: `python -m benchmarks.time_to_accuracy`.
 """
 
 from __future__ import annotations
