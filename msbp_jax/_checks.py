@@ -38,6 +38,18 @@ def fraction(name: str, value: object, *, zero: bool, meaning: str) -> float:
     return number
 
 
+def number(name: str, value: object, meaning: str) -> float:
+    """Return `value` as a float, or raise with the argument's name and meaning; one too large becomes infinite."""
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        return float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return math.inf
+    except TypeError:
+        raise TypeError(f"{name} must be a number ({meaning}), got {value!r}.") from None
+
+
 def check_parameters(keyed: list[tuple[Any, Any]]) -> None:
     """Raise unless there are parameters and all of them are arrays. Those without a fraction are constants.
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from msbp_jax import _checks, _compat
 from msbp_jax.formats import Dense, Format
 from msbp_jax.kernels.residual import add_memory, left_of, takes_part
-from msbp_jax.sparsifiers import RandomKState, SampledRowsState, Sparsifier
+from msbp_jax.sparsifiers import EntriesState, QuantizedState, RandomKState, SampledRowsState, Sparsifier
 from msbp_jax.sparsifiers._base import State, Weighted, serving
 from msbp_jax.sparsifiers._keys import split_keys
 from msbp_jax.sparsifiers._weighted import apply_weighted, settled
@@ -262,12 +262,15 @@ def check_no_states(params: Any) -> None:
     Raises:
       TypeError: They do.
     """
-    is_state = lambda node: isinstance(node, MemorizedState | RandomKState | SampledRowsState)
+    is_state = lambda node: isinstance(node, _STATES)
     if any(map(is_state, jax.tree.leaves(params, is_leaf=is_state))):
         raise TypeError(
             "The parameters hold states of sparsifiers, which belong into a memory. Were params and memory swapped? "
             'The order is (params, memory, ...), and model.apply({"params": params}, ..., memory=memory).'
         )
+
+
+_STATES = MemorizedState | RandomKState | SampledRowsState | EntriesState | QuantizedState
 
 
 def _is_memory(node: Any) -> bool:

@@ -20,9 +20,9 @@ MSBP_INLINE Floats chosen(Ints mask, Floats a, Floats b) { return (Floats)(((Int
 
 MSBP_INLINE Floats rounded_down(Floats x) {
 #ifdef __AVX2__
-#ifdef __AVX512F__
+#if defined(__AVX512F__) && MSBP_VECTOR_FLOATS == 16
   return (Floats)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-#else
+#elif MSBP_VECTOR_FLOATS == 8
   return (Floats)_mm256_floor_ps((__m256)x);
 #endif
 #endif
@@ -90,8 +90,8 @@ void dither(const msbp::Dither& d, msbp::Pool& pool) {
   });
 }
 
-// For each row: how many entries are finite (0 if the row takes no part), their mean, and the sum of the squares of what
-// they differ from it by. Equal entries have their value for a mean, and 0, exactly.
+// For each row: how many entries are finite (0 if the row takes no part), their mean, and the norm of what they differ
+// from it by. Equal entries have their value for a mean, and 0, exactly; squares are of numbers around 1.
 template <typename Value>
 void row_moments(const msbp::RowMoments& m, msbp::Pool& pool) {
   const Value* values = static_cast<const Value*>(m.values);
@@ -108,26 +108,31 @@ void row_moments(const msbp::RowMoments& m, msbp::Pool& pool) {
         body(last, there);
       };
       const Floats first = broadcast(finite_or_zero(widen(row[0])));
-      Floats total{}, squares{};
+      Floats total{}, squares{}, largest{};
       Ints count{}, live{};
       over_row([&](Floats x, Ints there) {
         const Ints takes = (((Ints)x & kExponent) != broadcast(kExponent)) & there;
-        total += (Floats)((Ints)(x - first) & takes);
+        const Floats off = (Floats)((Ints)(x - first) & takes);
+        total += off;
+        largest = chosen(magnitude(off) > largest, magnitude(off), largest);
         count -= takes;
         live |= not_zero(x) & there;
       });
       const int32_t finite = sum(count);
       const float mean = first[0] + (finite ? sum(total) / static_cast<float>(finite) : 0.0f);
       const Floats middle = broadcast(mean);
+      float size = 0;
+      for (int q = 0; q < VL; ++q) size = largest[q] > size ? largest[q] : size;
+      const float per_size = size > 1e-37f ? 1 / size : 0;
       over_row([&](Floats x, Ints there) {
         const Ints takes = (((Ints)x & kExponent) != broadcast(kExponent)) & there;
-        const Floats off = (Floats)((Ints)(x - middle) & takes);
+        const Floats off = (Floats)((Ints)(x - middle) & takes) * per_size;
         squares += off * off;
       });
       float* out = m.out + 3 * i;
       out[0] = any_bit((Floats)live) ? static_cast<float>(finite) : 0.0f;
       out[1] = mean;
-      out[2] = sum(squares);
+      out[2] = size * __builtin_sqrtf(sum(squares));
     }
   });
 }

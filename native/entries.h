@@ -22,7 +22,7 @@ template <typename Value>
 MSBP_INLINE Entry* list_entries(const Value* row, int64_t count, float scale, Entry* out) {
   int64_t j = 0;
 #ifdef __AVX2__
-#ifdef __AVX512F__
+#if defined(__AVX512F__) && MSBP_VECTOR_FLOATS == 16
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   for (; j + VL <= count; j += VL) {
     const Floats x = load(row + j);

@@ -5,8 +5,6 @@
 namespace msbp {
 namespace {
 
-constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-
 ffi::Error dither(ffi::ThreadPool threads, ffi::AnyBuffer values_, ffi::AnyBuffer numbers_, ffi::AnyBuffer key_,
                   ffi::AnyBuffer step_, ffi::Result<ffi::AnyBuffer> out_, ffi::Result<ffi::AnyBuffer> kept_, bool prunes,
                   int64_t instruction_set) {

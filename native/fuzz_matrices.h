@@ -159,7 +159,7 @@ void dither_once(const Kernels& kernels, Pool& pool) {
       if (std::isfinite(g.exact[e])) squares += (g.exact[e] - mean) * (g.exact[e] - mean);
     demand(moments[3 * i] == (live ? finite : 0), "finite entries", kernels, sizes);
     demand(finite == 0 || near(moments[3 * i + 1], mean, largest), "mean", kernels, sizes);
-    demand(near(moments[3 * i + 2], squares, 10 * (squares + 1e-6 * largest * largest)), "squares", kernels, sizes);
+    demand(near(moments[3 * i + 2], std::sqrt(squares), 10 * (std::sqrt(squares) + 1e-3 * largest)), "norm", kernels, sizes);
   }
 }
 

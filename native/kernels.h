@@ -78,7 +78,7 @@ struct Dither {
   float* kept;  // how many are not 0, [rows]
 };
 
-// Of each row: how many entries are finite, 0 if all are 0; their mean; the sum of squares of what they differ from it by.
+// Of each row: how many entries are finite, 0 if all are 0; their mean; the norm of what they differ from it by.
 struct RowMoments {
   const void* values;  // [rows, n]
   bool bfloat16;

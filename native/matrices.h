@@ -6,6 +6,8 @@
 namespace msbp {
 namespace {
 
+constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+
 enum class By { kRows, kEntries };
 
 // Either product of a cotangent that comes as a matrix, with a weight for each row or one for all entries.
@@ -30,10 +32,10 @@ ffi::Error multiply(By by, bool of_weight, ffi::ThreadPool threads, ffi::AnyBuff
   const Operand& matrix = of_weight ? out : other;  // oriented as the weight is
   p.m = matrix.shape[features_last ? 0 : 1];
   p.values_bfloat16 = values.bfloat16(), p.other_bfloat16 = other.bfloat16();
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   check.range("rows", p.rows, 1, kMost);
   check.range("m", p.m, 1, kMost);
   check.range("n", p.n, 1, kMost);
+  if (by == By::kEntries) check.range("entries", p.rows * p.n, 1, kMost);  // lists number them with 32 bits
   check.shape(weight, {by == By::kRows ? p.rows : 1});
   check.shape(matrix, features_last ? std::vector<int64_t>{p.m, p.n} : std::vector<int64_t>{p.n, p.m});
   check.shape(of_weight ? other : out, {p.rows, p.m});

@@ -10,7 +10,8 @@ constexpr uint32_t kColumnStep = 0x9e3779b1u, kFirst = 0x7feb352du, kSecond = 0x
 
 MSBP_INLINE Words words(uint32_t x) { return x - Words{}; }
 
-MSBP_INLINE uint32_t mixed(uint32_t x) {
+template <typename Word>
+MSBP_INLINE Word mixed(Word x) {
   x = (x ^ (x >> 16)) * kFirst;
   x = (x ^ (x >> 15)) * kSecond;
   return x ^ (x >> 16);
@@ -35,10 +36,7 @@ struct RowNoise {
 
   // Uniform on the odd multiples of 2^-24 in (0, 1), for a vector of columns times kColumnStep.
   MSBP_INLINE Floats at(Words stepped) const {
-    Words x = stepped + start;
-    x = (x ^ (x >> 16)) * kFirst;
-    x = ((x ^ (x >> 15)) + twist) * kSecond;
-    x = (x ^ (x >> 16)) >> 9;
+    const Words x = mixed((stepped + start) ^ twist) >> 9;
     return __builtin_convertvector((Ints)x, Floats) * 0x1p-23f + 0x1p-24f;
   }
 };

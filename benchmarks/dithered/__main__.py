@@ -82,7 +82,7 @@ def zeros(folder: pathlib.Path, names: Iterable[str], args: argparse.Namespace) 
         for seed in range(args.seeds):
             for plan, sparsifier in plans.items():
                 make = lambda task=task, sparsifier=sparsifier, seed=seed: training.train(task, sparsifier, seed)
-                runs[plan].append(once(folder, {"task": name, "plan": plan, "seed": seed}, make))
+                runs[plan].append(once(folder, {"data": _data(args), "task": name, "plan": plan, "seed": seed}, make))
         text += f"\n### {name}\n\n{markdown([_row_of_zeros(plan, runs) for plan in plans])}\n"
     return text
 
@@ -106,6 +106,10 @@ def _row_of_zeros(plan: str, runs: dict[str, list[Run]]) -> dict[str, Any]:
     return row
 
 
+def _data(args: argparse.Namespace) -> str:
+    return ("digits" if args.data is None else "real") + (" small" if args.small else "")
+
+
 def _deviation(values: list[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
@@ -117,11 +121,15 @@ def several_workers(folder: pathlib.Path, args: argparse.Namespace) -> str:
     rows = []
     for number in WORKERS:
         for growth, scale in (("dense", None), ("constant", START), ("sqrt(N)", START * number**0.5)):
-            if growth == "dense" and number > 1:
-                continue  # the same whatever the number, to the order of sums
             runs = []
             for seed in range(args.seeds):
-                settings = {"workers": number, "scale": "none" if scale is None else f"{scale:.3g}", "seed": seed}
+                settings = {
+                    "data": _data(args),
+                    "batch": batch,
+                    "workers": number,
+                    "scale": "none" if scale is None else f"{scale:.3g}",
+                    "seed": seed,
+                }
                 make = lambda n=number, s=scale, seed=seed: workers.train(task, s, n, batch, seed)
                 runs.append(once(folder, settings, make))
             last = lambda key, runs=runs: [run[key][-1] for run in runs]

@@ -57,8 +57,11 @@ def train(task: Task, scale: float | None, workers: int, batch: int, seed: int) 
         return state, (jnp.stack([losses.mean(), zeros, kept]), sent[0])
 
     def epoch(state: Any, order: jax.Array) -> Any:
-        state, (told, sent) = jax.lax.scan(lambda s, rows: _without_sent(*step(s, rows)), state, order[:-1])
-        del sent
+        def told_only(state: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
+            state, (told, _) = step(state, rows)
+            return state, told
+
+        state, told = jax.lax.scan(told_only, state, order[:-1])
         state, (_, last) = step(state, order[-1])
         return state, told.mean(axis=0), last
 
@@ -76,10 +79,6 @@ def train(task: Task, scale: float | None, workers: int, batch: int, seed: int) 
         found["zeros_of_dw"].append(round(float(zeros), 4))
         found["bits_of_dw"].append(round(entropy(np.asarray(last.astype(jnp.bfloat16).view(jnp.uint16))), 3))
     return found
-
-
-def _without_sent(state: Any, told: tuple[jax.Array, jax.Array]) -> tuple[Any, tuple[jax.Array, None]]:
-    return state, (told[0], None)
 
 
 def entropy(symbols: np.ndarray) -> float:

@@ -55,11 +55,16 @@ class Entries(Format):
         wide = accumulation_dtype(dtype)
         return (self.values.astype(wide) * self.scale.astype(wide)).astype(dtype)
 
+    def factored(self) -> tuple[Float[Array, "rows n"], Float[Array, ""] | None]:
+        """Return the levels, and what 1 is worth."""
+        dtype = self.values.dtype if self.dtype is None else jnp.dtype(self.dtype)
+        return self.values.astype(dtype), self.scale
+
     def astype(self, dtype: jax.typing.DTypeLike) -> Entries:
         """Return the same cotangent in another dtype; whole levels stay as they are."""
         if self.bits is not None:
             return dataclasses.replace(self, dtype=jnp.dtype(dtype))
-        return dataclasses.replace(self, values=self.values.astype(dtype))
+        return dataclasses.replace(self, values=self.values.astype(dtype), dtype=None)
 
     def entries(self) -> Float[Array, ""]:
         """Return how many entries are not 0."""

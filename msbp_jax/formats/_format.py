@@ -64,6 +64,13 @@ class Format(abc.ABC):
     def materialize(self) -> Float[Array, "rows n"]:
         """Return the matrix that it stands for."""
 
+    def factored(self) -> tuple[Float[Array, "rows n"], Float[Array, ""] | None]:
+        """Return a matrix of the cotangent's dtype and a factor of all of it, float32 or wider; None for 1.
+
+        A matrix that is exact where its multiple would be rounded keeps its products free of bias.
+        """
+        return self.materialize(), None
+
     @abc.abstractmethod
     def astype(self, dtype: jax.typing.DTypeLike) -> Self:
         """Return the same cotangent with values of another floating dtype."""
@@ -124,7 +131,7 @@ class Format(abc.ABC):
     @property
     def skips(self) -> str:
         """What its products leave out, in a word for the report: rows, entries."""
-        return "what is 0"
+        return "entries"
 
     @property
     def has_products(self) -> bool:

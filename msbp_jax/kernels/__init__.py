@@ -27,6 +27,7 @@ from msbp_jax.kernels.choice.layer import layer_of
 from msbp_jax.kernels.choice.order import products_order, selection_order
 from msbp_jax.kernels.choice.patches import patches_pay as patches_pay
 from msbp_jax.kernels.choice.skipping import pays_below as pays_below
+from msbp_jax.kernels.choice.skipping import skips as skips
 from msbp_jax.kernels.choice.skipping import skips_natively as skips_natively
 from msbp_jax.kernels.columns import OPS as OPS
 from msbp_jax.kernels.columns.arguments import (
@@ -189,17 +190,14 @@ def _check_matrix(cotangent: Rows | Entries) -> None:
 
 
 def _of_matrix(op: str, backend: str | None, cotangent: Rows | Entries, *args: Any) -> jax.Array:
-    """Run a product of a cotangent that comes as a matrix; on a GPU or TPU its backend is XLA."""
+    """Run a product of a cotangent that comes as a matrix; XLA serves on a GPU or TPU, and everywhere in 8 bits."""
     known = (rows if isinstance(cotangent, Rows) else entries).OPS[op]
-    backend = "xla" if backend in OPS[op] and backend not in known else backend
-    order = None
-    if isinstance(cotangent, Entries):
-        share = 1.0 if (kept := cotangent.kept_share()) is None else kept
-        (n_rows, n), m = cotangent.shape, args[0].shape[1 - args[1]] if op == "grad_input" else args[0].shape[1]
-        # A share that only the run tells is looked at by who calls this.
-        skips = cotangent.bits is None and (kept is None or share < pays_below(cotangent, n_rows, m, n))
-        order = None if skips else ("xla",)
-    return dispatch.run(op, known, backend, cotangent, *args, order=order)
+    in_8_bits = isinstance(cotangent, Entries) and cotangent.bits is not None
+    if in_8_bits or (backend in OPS[op] and backend not in known):
+        backend = "xla"
+    # A share that only the run tells is looked at by who calls this.
+    whole = isinstance(cotangent, Entries) and cotangent.kept_share() is not None and not skips(cotangent)
+    return dispatch.run(op, known, backend, cotangent, *args, order=("xla",) if whole else None)
 
 
 def dither(
@@ -223,8 +221,8 @@ def dither(
       backend: "native" or "xla"; None to choose.
 
     Returns:
-      In the dtype of `g`: the multiples, or in a dtype of 16 bits the whole levels, which are exact there; or pruned
-      entries. And how many of each row are not 0, float32.
+      In the dtype of `g`: the multiples, or in a dtype of 16 bits the whole levels, which are exact there up to 256
+      (bfloat16) or 2048; or pruned entries. And how many of each row are not 0, float32.
     """
     numbers = jnp.arange(cotangent.shape[0], dtype=jnp.uint32)
     run = functools.partial(dispatch.run, "dither", _keyed(entries.OPS["dither"], prunes), backend)
@@ -242,14 +240,15 @@ def spread(cotangent: Float[Array, "rows n"], *, backend: str | None = None) -> 
       cotangent: Any floating dtype.
       backend: "native" or "xla"; None to choose.
     """
-    count, mean, squares = dispatch.run("row_moments", entries.OPS["row_moments"], backend, cotangent).T
+    count, mean, norm = dispatch.run("row_moments", entries.OPS["row_moments"], backend, cotangent).T
     some = count > 0
     # Means are taken relative to the first of them, so that equal ones have that for a mean, to the bit.
     off = jnp.where(some, mean - mean[jnp.argmax(some)], 0)
     total = jnp.maximum(count.sum(), 1)
-    middle = (count * off).sum() / total
-    within = jnp.where(some, squares, 0).sum() + jnp.where(some, count * jnp.square(off - middle), 0).sum()
-    return jnp.sqrt(within / total)
+    between = jnp.sqrt(count) * jnp.where(some, off - (count * off).sum() / total, 0)
+    norms = jnp.concatenate([jnp.where(some, norm, 0), between])
+    size = jnp.max(jnp.abs(norms), initial=0)
+    return size * jnp.linalg.norm(norms / jnp.where(size > 0, size, 1)) / jnp.sqrt(total)
 
 
 def backends() -> dict[str, tuple[str, ...]]:

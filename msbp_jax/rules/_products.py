@@ -92,9 +92,17 @@ def dense_products(operation: Operation, operands: Operands, g: jax.Array) -> tu
 def _on_matrix(
     operation: Operation, operands: Operands, p: Format, dims: Dims, out: Shape
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the dense products of the matrix that a cotangent stands for."""
-    values = jax.vmap(lambda p: p.materialize())(p) if dims.batch_shape else p.materialize()[None]
-    return dense_products(operation, operands, operation.program_g(values, operands, out))
+    """Return the dense products of the matrix that a cotangent stands for; a factor of all of it comes after them."""
+    if dims.batch_shape:
+        values, factor = jax.vmap(lambda p: p.materialize())(p), None
+    else:
+        matrix, factor = p.factored()
+        values = matrix[None]
+    found = dense_products(operation, operands, operation.program_g(values, operands, out))
+    if factor is None:
+        return found
+    dlhs, drhs = ((d.astype(factor.dtype) * factor).astype(d.dtype) for d in found)
+    return dlhs, drhs
 
 
 def _share_when_run(p: Format, dims: Dims) -> Float[Array, ""] | None:
@@ -109,7 +117,7 @@ def _unless_dense_pays(
     share: Float[Array, ""], operation: Operation, operands: Operands, p: Format, dims: Dims, out: Shape
 ) -> tuple[jax.Array, jax.Array]:
     """Return the products of the canonical matrices or, where too much is kept for them to pay, plain JAX's."""
-    below = kernels.pays_below(p, dims.rows, dims.m, dims.n)
+    below = kernels.pays_below(p)
     dense = lambda: _on_matrix(operation, operands, p, dims, out)
     if below == 0:
         return dense()

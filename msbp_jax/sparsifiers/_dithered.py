@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from msbp_jax import _checks
 from msbp_jax.formats import Entries, accumulation_dtype
 from msbp_jax.kernels import dither, spread
 from msbp_jax.sparsifiers._base import Sparsifier
 from msbp_jax.sparsifiers._entries import (
     EntriesState,
     QuantizedState,
+    backend_at,
     share_of,
     split_words,
     starting_state,
@@ -67,16 +69,15 @@ def dithered(scale: float, *, bits: Literal[8, 4] | None = None, key: jax.Array 
       Wiedemann et al., Dithered backprop: A sparse and quantized backpropagation algorithm for more efficient deep
       neural network training, 2020 (arXiv 2004.04729).
     """
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"scale must be a number (the step in standard deviations of the gradient), got {scale!r}.")
-    if not math.isfinite(scale) or scale <= 0:
+    meaning = "the step in standard deviations of the gradient"
+    step = _checks.number("scale", scale, meaning)
+    if not math.isfinite(step) or step <= 0:
         raise ValueError(
-            f"scale must be positive and finite (the step in standard deviations of the gradient), got {scale}. "
-            "msbp.dense() leaves a gradient as it is."
+            f"scale must be positive and finite ({meaning}), got {scale}. msbp.dense() leaves a gradient as it is."
         )
-    if bits not in (None, 8, 4) or isinstance(bits, bool):
+    if bits is not None and (not isinstance(bits, int) or isinstance(bits, bool) or bits not in (8, 4)):
         raise ValueError(f"bits must be 8, 4, or None for products of floats, got {bits!r}.")
-    return _Dithered(float(scale), bits, None if key is None else StartingKey.checked(key), None).sparsifier()
+    return _Dithered(step, bits, None if key is None else StartingKey.checked(key), None).sparsifier()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ class _Dithered:
         return Sparsifier(init=self.init, apply=self.apply, name=name, at=self.at, remembers=False)
 
     def at(self, where: Where) -> Sparsifier:
-        return dataclasses.replace(self, backend="xla" if where.backend == "xla" else None).sparsifier()
+        return dataclasses.replace(self, backend=backend_at(where)).sparsifier()
 
     def init(self, aval: jax.ShapeDtypeStruct) -> EntriesState | QuantizedState:
         del aval
@@ -112,6 +113,8 @@ class _Dithered:
         else:
             step = self.scale * spread(u, backend=self.backend)
             step = jnp.where(jnp.isfinite(step), step, 0)
+            # In 16 bits rounded as entries are: the multiples of most levels, 1, 2 and 4, are then exact everywhere.
+            step = step.astype(u.dtype).astype(step.dtype)
             values, kept = dither(u, words, step, backend=self.backend)
         share = share_of(kept, rows * n)
         after = told(EntriesState(state.key, state.density, state.steps), following, share)
@@ -121,7 +124,7 @@ class _Dithered:
             return p, QuantizedState(after.key, after.density, mean, after.steps)
         scale = None
         if u.dtype.itemsize < 4:  # then these are levels
-            scale = jnp.where(step > 0, step, 1).astype(jnp.float32)
+            scale = jnp.where(step > 0, step, 1)
         return Entries(values, scale, share), after
 
     def _in_levels(
@@ -131,12 +134,13 @@ class _Dithered:
         assert self.bits is not None
         most = 2 ** (self.bits - 1) - 1
         wide = values.astype(accumulation_dtype(u.dtype))
-        # A gradient without spread has one value, or that and 0.
         largest = jnp.max(jnp.abs(wide), initial=0)
-        worth = jnp.where(step > 0, step, largest).astype(wide.dtype)
+        # Without a step these are entries: of one size, or 0, if there is no spread; else the spread is no number.
+        one_size = jnp.all((wide == 0) | (jnp.abs(wide) == largest))
+        worth = jnp.where(step > 0, step, jnp.where(one_size, largest, largest / most)).astype(wide.dtype)
         divisor = jnp.where(worth > 0, worth, 1)
-        level = jnp.round(wide / divisor) if u.dtype.itemsize >= 4 else jnp.where(step > 0, wide, wide / divisor)
+        level = jnp.where((step > 0) & (u.dtype.itemsize < 4), wide, jnp.round(wide / divisor))
         clipped = jnp.sum(jnp.abs(level) > most, axis=0, dtype=jnp.float32).sum()
         level = jnp.where(jnp.isfinite(level), jnp.clip(level, -most, most), 0).astype(jnp.int8)
-        scale = jnp.where(jnp.isfinite(largest), worth, jnp.nan).astype(jnp.float32)
+        scale = jnp.where(jnp.isfinite(largest), worth, jnp.nan)
         return Entries(level, scale, bits=self.bits, dtype=u.dtype), clipped

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Bool, Float, UInt32
 
 from msbp_jax import _compat
+from msbp_jax.formats import Entries, accumulation_dtype
+from msbp_jax.formats import finite as finite_or_zero
+from msbp_jax.kernels import dither
+from msbp_jax.kernels.residual import takes_part
+from msbp_jax.sparsifiers._base import Sparsifier
 from msbp_jax.sparsifiers._keys import StartingKey
 from msbp_jax.sparsifiers._running import running
+from msbp_jax.sparsifiers._where import Where
 
 _ITERATIONS = 24  # Newton's method; it stops when it is there, after five to ten
 
@@ -117,3 +124,70 @@ def threshold_for(sizes: Float[Array, "rows n"], count: Float[Array, ""]) -> Flo
     c = lax.while_loop(going, closer, (begun, none, jnp.zeros_like(begun, bool), jnp.zeros_like(begun, jnp.int32)))[0]
     enough = total((sizes > 0).astype(sizes.dtype)) <= count
     return jnp.where(enough | ~(c > 0), 0, 1 / jnp.where(c > 0, c, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruning:
+    """A sparsifier that makes entries below a threshold 0 or as large as it, by chance.
+
+    Attributes:
+      name: For reports.
+      key: Where the state starts.
+      backend: Of making them; None to choose.
+    """
+
+    name: str
+    key: StartingKey | None
+    backend: str | None
+
+    def sparsifier(self) -> Sparsifier:
+        """Return it."""
+        return Sparsifier(init=self.init, apply=self.apply, name=self.name, at=self.at, remembers=False)
+
+    def at(self, where: Where) -> Sparsifier:
+        """Return what serves at a site: the same, of any width."""
+        return dataclasses.replace(self, backend=backend_at(where)).sparsifier()
+
+    def init(self, aval: jax.ShapeDtypeStruct) -> EntriesState:
+        """Return the state before the first step."""
+        del aval
+        return starting_state(self.key)
+
+    def threshold(
+        self, sizes: Float[Array, "rows n"], finite: Bool[Array, "rows n"], live: Bool[Array, "rows 1"]
+    ) -> Float[Array, ""]:
+        """Return the threshold; 0, or what is no number, leaves all as it is.
+
+        Args:
+          sizes: Of entries, 0 where they are not finite.
+          finite: Which are.
+          live: Which rows take part.
+        """
+        raise NotImplementedError
+
+    @property
+    def density(self) -> float | None:
+        """The share of the entries that is kept, where it is known beforehand."""
+        return None
+
+    def apply(self, u: jax.Array, state: EntriesState) -> tuple[Entries, EntriesState]:
+        """Return what is kept of u, and the next state."""
+        following, words = split_words(state.key)
+        rows, n = u.shape
+        if rows == 0:
+            values, kept = u, jnp.zeros((0,), jnp.float32)
+        else:
+            sizes = finite_or_zero(jnp.abs(u).astype(accumulation_dtype(u.dtype)))
+            step = self.threshold(sizes, jnp.isfinite(u), takes_part(u))
+            # Rounded as entries are, so that what is drawn is exactly as large as its probability says.
+            step = step.astype(u.dtype).astype(sizes.dtype)
+            step = jnp.where(jnp.isfinite(step), step, 0)
+            values, kept = dither(u, words, step, prunes=True, backend=self.backend)
+        share = share_of(kept, rows * n)
+        p = Entries(values, share=None if self.density is not None else share, density=self.density)
+        return p, told(state, following, share)
+
+
+def backend_at(where: Where) -> str | None:
+    """Return the backend that makes entries 0 at a site: native code where there is some, unless XLA is asked for."""
+    return "xla" if where.backend == "xla" else None

@@ -6,22 +6,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from msbp_jax import _checks
-from msbp_jax.formats import Entries, accumulation_dtype, finite
-from msbp_jax.kernels import dither
-from msbp_jax.kernels.residual import takes_part
 from msbp_jax.sparsifiers._base import Sparsifier
-from msbp_jax.sparsifiers._entries import (
-    EntriesState,
-    share_of,
-    split_words,
-    starting_state,
-    threshold_for,
-    told,
-)
+from msbp_jax.sparsifiers._entries import Pruning, threshold_for
 from msbp_jax.sparsifiers._keys import StartingKey
-from msbp_jax.sparsifiers._where import Where
 
 
 def sample_entries(density: float, *, key: jax.Array | None = None) -> Sparsifier:
@@ -54,35 +44,23 @@ def sample_entries(density: float, *, key: jax.Array | None = None) -> Sparsifie
       (arXiv 1710.09854), for gradients that are sent; here for those that are propagated.
     """
     share = _checks.fraction("density", density, zero=False, meaning="share of the entries kept")
-    return _SampleEntries(share, None if key is None else StartingKey.checked(key), None).sparsifier()
+    name = f"sample_entries(density={share:g})"
+    return _SampleEntries(name, None if key is None else StartingKey.checked(key), None, share).sparsifier()
 
 
 @dataclasses.dataclass(frozen=True)
-class _SampleEntries:
-    density: float
-    key: StartingKey | None
-    backend: str | None
+class _SampleEntries(Pruning):
+    share: float
 
-    def sparsifier(self) -> Sparsifier:
-        name = f"sample_entries(density={self.density:g})"
-        return Sparsifier(init=self.init, apply=self.apply, name=name, at=self.at, remembers=False)
+    @property
+    def density(self) -> float:
+        return self.share
 
-    def at(self, where: Where) -> Sparsifier:
-        return dataclasses.replace(self, backend="xla" if where.backend == "xla" else None).sparsifier()
-
-    def init(self, aval: jax.ShapeDtypeStruct) -> EntriesState:
-        del aval
-        return starting_state(self.key)
-
-    def apply(self, u: jax.Array, state: EntriesState) -> tuple[Entries, EntriesState]:
-        following, words = split_words(state.key)
-        rows, n = u.shape
-        if rows == 0 or self.density == 1:
-            share = share_of((u != 0).sum(axis=1, dtype=jnp.float32), rows * n)
-            return Entries(u, density=self.density), told(state, following, share)
-        sizes = finite(jnp.abs(u).astype(accumulation_dtype(u.dtype)))
-        live = takes_part(u).sum(dtype=sizes.dtype)
-        # Rounded as entries are, so that what is drawn is exactly as large as its probability says.
-        step = threshold_for(sizes, jnp.maximum(self.density * n * live, 1)).astype(u.dtype).astype(sizes.dtype)
-        values, kept = dither(u, words, step, prunes=True, backend=self.backend)
-        return Entries(values, density=self.density), told(state, following, share_of(kept, rows * n))
+    def threshold(
+        self, sizes: Float[Array, "rows n"], finite: Bool[Array, "rows n"], live: Bool[Array, "rows 1"]
+    ) -> Float[Array, ""]:
+        del finite
+        if self.share == 1:
+            return jnp.zeros((), sizes.dtype)
+        entries = live.sum(dtype=sizes.dtype) * sizes.shape[1]
+        return threshold_for(sizes, jnp.maximum(self.share * entries, 1))

@@ -8,14 +8,12 @@ import statistics
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
-from msbp_jax.formats import Entries, accumulation_dtype, finite
-from msbp_jax.kernels import dither
-from msbp_jax.kernels.residual import takes_part
+from msbp_jax import _checks
 from msbp_jax.sparsifiers._base import Sparsifier
-from msbp_jax.sparsifiers._entries import EntriesState, share_of, split_words, starting_state, told
+from msbp_jax.sparsifiers._entries import Pruning
 from msbp_jax.sparsifiers._keys import StartingKey
-from msbp_jax.sparsifiers._where import Where
 
 
 def stochastic_prune(rate: float, *, key: jax.Array | None = None) -> Sparsifier:
@@ -47,44 +45,21 @@ def stochastic_prune(rate: float, *, key: jax.Array | None = None) -> Sparsifier
     References:
       Ye et al., Accelerating CNN Training by Pruning Activation Gradients, 2019 (arXiv 1908.00173).
     """
-    if isinstance(rate, bool) or not isinstance(rate, int | float):
-        raise TypeError(f"rate must be a number in (0, 1) (share of the entries below the threshold), got {rate!r}.")
-    if not 0 < rate < 1:
-        raise ValueError(
-            f"rate must lie in (0, 1) (share of the entries below the threshold), got {rate}. "
-            "msbp.dense() prunes nothing."
-        )
-    return _StochasticPrune(float(rate), None if key is None else StartingKey.checked(key), None).sparsifier()
+    meaning = "share of the entries below the threshold"
+    share = _checks.number("rate", rate, meaning)
+    if not 0 < share < 1 or (1 + share) / 2 == 1:
+        raise ValueError(f"rate must lie in (0, 1) ({meaning}), got {rate}. msbp.dense() prunes nothing.")
+    name = f"stochastic_prune(rate={share:g})"
+    return _StochasticPrune(name, None if key is None else StartingKey.checked(key), None, share).sparsifier()
 
 
 @dataclasses.dataclass(frozen=True)
-class _StochasticPrune:
+class _StochasticPrune(Pruning):
     rate: float
-    key: StartingKey | None
-    backend: str | None
 
-    def sparsifier(self) -> Sparsifier:
-        name = f"stochastic_prune(rate={self.rate:g})"
-        return Sparsifier(init=self.init, apply=self.apply, name=name, at=self.at, remembers=False)
-
-    def at(self, where: Where) -> Sparsifier:
-        return dataclasses.replace(self, backend="xla" if where.backend == "xla" else None).sparsifier()
-
-    def init(self, aval: jax.ShapeDtypeStruct) -> EntriesState:
-        del aval
-        return starting_state(self.key)
-
-    def apply(self, u: jax.Array, state: EntriesState) -> tuple[Entries, EntriesState]:
-        following, words = split_words(state.key)
-        rows, n = u.shape
-        if rows == 0:
-            return Entries(u, share=jnp.zeros((), jnp.float32)), told(state, following, jnp.zeros((), jnp.float32))
-        sizes = finite(jnp.abs(u).astype(accumulation_dtype(u.dtype)))
-        live = takes_part(u)
-        counted = jnp.sum(jnp.isfinite(u) & live, axis=0, dtype=sizes.dtype).sum()
+    def threshold(
+        self, sizes: Float[Array, "rows n"], finite: Bool[Array, "rows n"], live: Bool[Array, "rows 1"]
+    ) -> Float[Array, ""]:
+        counted = jnp.sum(finite & live, axis=0, dtype=sizes.dtype).sum()
         mean = sizes.sum(axis=0).sum() / jnp.maximum(counted, 1)
-        normal = statistics.NormalDist().inv_cdf((1 + self.rate) / 2) * math.sqrt(math.pi / 2)
-        step = (normal * mean).astype(u.dtype).astype(sizes.dtype)  # rounded as entries are
-        values, kept = dither(u, words, jnp.where(jnp.isfinite(step), step, 0), prunes=True, backend=self.backend)
-        share = share_of(kept, rows * n)
-        return Entries(values, share=share), told(state, following, share)
+        return statistics.NormalDist().inv_cdf((1 + self.rate) / 2) * math.sqrt(math.pi / 2) * mean

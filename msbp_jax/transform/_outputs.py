@@ -63,7 +63,7 @@ class Outputs(Remembers):
 
 
 def find_outputs(
-    plan: Plan, results: Sequence[jax.ShapeDtypeStruct], is_output: Sequence[bool], name: str
+    plan: Plan, results: Sequence[jax.ShapeDtypeStruct], is_output: Sequence[bool], name: str, backend: str | None
 ) -> Outputs | None:
     """Return the outputs whose gradient a plan names; None if it names none.
 
@@ -72,6 +72,7 @@ def find_outputs(
       results: Shapes and dtypes of the program's results.
       is_output: Which of them are the model's outputs, and not collections that it changes.
       name: What was wrapped, for messages.
+      backend: Which one `sparse_vjp` was asked for; None to choose.
 
     Raises:
       ValueError: There are none that are floating, or they do not share axis 0, or the sparsifier needs what stands at
@@ -106,6 +107,6 @@ def find_outputs(
         )
     rows, n = shapes[0][0], sum(math.prod(shape[1:]) for shape in shapes)
     dtype = common_dtype([results[place].dtype for place in floating])
-    serves = serving(sparsifier, Where(rows=rows, n=n, m=0, dtype=dtype))
+    serves = serving(sparsifier, Where(rows=rows, n=n, m=0, dtype=dtype, backend=backend))
     kept = None if isinstance(serves, Stays) else serves
     return Outputs(sparsifier=kept, places=tuple(floating), rows=rows, n=n, dtype=dtype)

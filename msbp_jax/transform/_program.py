@@ -238,7 +238,7 @@ def trace(
         arguments=[*leaves, *traced],
         parameters=parameters,
         sites=name_sites(found, parameters, plan, backend),
-        outputs=find_outputs(plan, jaxpr.out_avals, is_output, _name_of(function)),
+        outputs=find_outputs(plan, jaxpr.out_avals, is_output, _name_of(function), backend),
         rebuild=rebuild,
         plan=plan,
         label=label,

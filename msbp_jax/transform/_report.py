@@ -146,7 +146,7 @@ def _sparse_row(site: Site, backend: str | None) -> SparseRow:
     dims, p = site.dims, _abstract_result(site)
     paths = [path_of(q, site.operation, site.found.lhs.shape, site.found.rhs.shape, backend) for q in p.parts]
     shares = [
-        1.0 if path is Path.DENSE or not _skips(site, q, backend) else q.kept_share()
+        1.0 if path is Path.DENSE or not _skips(q, backend) else q.kept_share()
         for q, path in zip(p.parts, paths, strict=True)
     ]
     return SparseRow(
@@ -162,7 +162,7 @@ def _sparse_row(site: Site, backend: str | None) -> SparseRow:
         one_group=p.columns_are_shared,
         backend=_chosen(site, p, paths, backend),
         saved=1 - sum(1.0 if share is None else share for share in shares) / 2,
-        skips=next((q.skips for q, share in zip(p.parts, shares, strict=True) if share is None), ""),
+        skips=" and ".join(dict.fromkeys(q.skips for q, share in zip(p.parts, shares, strict=True) if share is None)),
         instances=math.prod(site.instances),
         warning=_warning(site, p, paths, backend),
     )
@@ -172,7 +172,7 @@ def _chosen(site: Site, p: Format, paths: list[Path], backend: str | None) -> st
     """Say which backend runs the products, on which path, and up to which share of the rows if that tells."""
     names = []
     for q, path in zip(p.parts, paths, strict=True):
-        kernel = backend or _fastest(site, q)
+        kernel = "xla, 8 bits" if _in_8_bits(q) else backend or _fastest(site, q)
         labels = {Path.ROWS: kernel, Path.PATCHES: f"{kernel}, patches", Path.NARROW: "xla, narrow"}
         names.append(labels.get(path, "xla, dense"))
     return names[0] if names[0] == names[1] else f"dx {names[0]}; dw {names[1]}"
@@ -184,21 +184,17 @@ def _fastest(site: Site, p: Format) -> str:
         return fastest_first(layer)[0]
     if p.brings_products:
         return "its own"
-    if not _skips(site, p, None):
-        return "xla, dense" if getattr(p, "bits", None) is None else "xla, 8 bits"
-    dims = site.dims
+    if not kernels.skips(p):
+        return "xla, dense"
     backend = "native" if kernels.skips_natively() else "xla"
-    return f"{backend}, below {kernels.pays_below(p, dims.rows, dims.m, dims.n):.0%} of the {p.skips}"
+    return f"{backend}, below {kernels.pays_below(p):.0%} of the {p.skips}"
 
 
-def _skips(site: Site, p: Format, backend: str | None) -> bool:
+def _skips(p: Format, backend: str | None) -> bool:
     """Whether products leave out what is 0 here."""
-    dims = site.dims
-    if isinstance(p, Entries) and backend == "native":
-        return p.bits is None
     if isinstance(p, Entries) and backend is not None:
-        return False
-    return p.kept_share() != 1 and kernels.pays_below(p, dims.rows, dims.m, dims.n) > 0
+        return backend == "native" and p.bits is None
+    return kernels.skips(p)
 
 
 def _warning(site: Site, p: Format, paths: list[Path], backend: str | None) -> str:
@@ -206,7 +202,7 @@ def _warning(site: Site, p: Format, paths: list[Path], backend: str | None) -> s
     # A part that keeps everything is dense on purpose.
     whole = [q for q, path in zip(p.parts, paths, strict=True) if path is Path.DENSE and q.kept_share() != 1]
     if not whole and any(isinstance(q, Entries) for q in p.parts):
-        return _warning_of_entries(site, p, paths, backend)
+        return _warning_of_entries(p, paths, backend)
     if not whole:
         return warning(layer, backend) if layer is not None and paths == [Path.ROWS, Path.ROWS] else ""
     slower = (
@@ -229,16 +225,27 @@ def _warning(site: Site, p: Format, paths: list[Path], backend: str | None) -> s
     return f"{slower}a grouped contraction gains nothing from groups of rows. msbp.dense() leaves it out."
 
 
-def _warning_of_entries(site: Site, p: Format, paths: list[Path], backend: str | None) -> str:
-    parts = [q for q in p.parts if isinstance(q, Entries) and not _skips(site, q, backend)]
-    if any(q.bits is None and q.kept_share() != 1 for q in parts):
-        return (
-            "its products run whole, on the sparse gradient: only native kernels, on a CPU, leave out single entries."
-        )
-    if parts and parts[0].bits is not None and Path.DENSE in paths:
-        return "its products run whole, in floats: 8 bits are for matrix products, and not yet for other contractions."
-    if parts and parts[0].bits is not None and kernels.emulates_8_bits():
-        return "a CPU emulates 8-bit products, with equal results and no faster than dense."
+def _in_8_bits(p: Format) -> bool:
+    return isinstance(p, Entries) and p.bits is not None
+
+
+def _warning_of_entries(p: Format, paths: list[Path], backend: str | None) -> str:
+    for q, path in zip(p.parts, paths, strict=True):
+        if _in_8_bits(q) and path is Path.DENSE:
+            return (
+                "its products run whole, in floats: 8 bits are for matrix products, and not yet for other contractions."
+            )
+        if _in_8_bits(q) and kernels.emulates_8_bits():
+            return "a CPU emulates 8-bit products, with equal results and no faster than dense."
+        if _in_8_bits(q) or q.kept_share() == 1 or _skips(q, backend):
+            continue
+        if backend is None and kernels.pays_below(q) > 0:
+            return "its products run whole, on the sparse gradient: so many entries are kept that it is faster."
+        if isinstance(q, Entries):
+            return (
+                "its products run whole, on the sparse gradient: only native kernels leave out single entries, on a "
+                "CPU, in float32 and bfloat16, up to 2^31 of them."
+            )
     return ""
 
 
@@ -263,7 +270,7 @@ def _shapes(site: Site) -> str:
 
 def _skipped(report: Report) -> list[str]:
     """Return what is left out as only the run tells, each once."""
-    return sorted({row.skips for row in report.sparse if row.skips}, reverse=True)
+    return list(dict.fromkeys(row.skips for row in report.sparse if row.skips))
 
 
 def _sparse_table(report: Report) -> Table:

@@ -176,7 +176,8 @@ def test_blocks_of_rows_that_choose_for_themselves_need_nothing_from_one_another
 HASH = """
 import os, sys
 os.sched_setaffinity(0, {int(cpu) for cpu in sys.argv[1].split(",")})
-import hashlib, jax, numpy as np
+import hashlib, jax, jax.numpy as jnp, numpy as np
+import msbp_jax as msbp
 from msbp_jax import kernels
 from msbp_jax.testing import random_gradient
 digest = hashlib.sha256()
@@ -184,7 +185,11 @@ for rows, m, n, k, group in ((300, 200, 700, 31, 1), (300, 200, 700, 31, 16), (3
     u, x, w = random_gradient(0, rows, n), random_gradient(1, rows, m), random_gradient(2, m, n)
     p, *memory = kernels.select_with_memory(u, random_gradient(3, 1, n)[0], k, group, backend="native")
     out = kernels.grad_input(p, w, 1, backend="native"), kernels.grad_weight(p, x, 1, backend="native")
-    for leaf in jax.tree.leaves((p, memory, out)):
+    made = kernels.dither(u, jnp.array([1, 2], jnp.uint32), jnp.float32(2), backend="native")
+    rows_kept = jnp.asarray(np.arange(rows) % 3, jnp.float32)
+    for q in (msbp.Entries(made[0]), msbp.Rows(u, rows_kept)):
+        out += kernels.grad_input(q, w, 1, backend="native"), kernels.grad_weight(q, x, 1, backend="native")
+    for leaf in jax.tree.leaves((p, memory, out, made, kernels.spread(u, backend="native"))):
         digest.update(np.asarray(leaf).tobytes())
 print(digest.hexdigest())
 """

@@ -147,16 +147,27 @@ def test_in_8_bits_what_is_not_finite_makes_all_nan(worst):
     assert all(np.isfinite(np.asarray(value)).all() for value in msbp.metrics(state).values())
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e30])
 @every
 def test_gradients_of_any_size(sparsifier, scale):
-    p, q = once(sparsifier, U)[0].materialize(), once(sparsifier, U * scale)[0].materialize()
-    np.testing.assert_allclose(q, p * scale, rtol=1e-4, atol=1e-12 * scale)
+    u = U / 2**7  # so that rounding is the same for all powers of 2
+    size = 2.0 ** round(np.log2(scale))
+    p, q = once(sparsifier, u)[0].materialize(), once(sparsifier, u * size)[0].materialize()
+    np.testing.assert_allclose(np.asarray(q) / size, p, rtol=1e-4)
 
 
-def test_a_gradient_too_large_for_its_squares_is_passed_on():
-    u = U * 1e30
-    np.testing.assert_array_equal(once(msbp.dithered(2), u)[0].materialize(), u)
+def test_a_threshold_that_float16_does_not_hold_leaves_all_as_it_is():
+    u = (2000 * jax.random.normal(jax.random.key(0), (8, 9))).astype(jnp.float16)
+    np.testing.assert_array_equal(once(msbp.sample_entries(0.001), u)[0].materialize(), u)
+
+
+def test_levels_that_float16_does_not_hold_end_at_its_largest():
+    u = jnp.full((4, 50), 0.001, jnp.float16).at[0, 0].set(100.0)
+    p, _ = once(msbp.dithered(1e-6), u)
+    assert np.isfinite(np.asarray(p.values, np.float32)).all()
+    q, _ = once(msbp.dithered(1e-6, bits=8), u)
+    assert np.isfinite(float(q.scale))
+    assert int(q.values[0, 0]) == 127
 
 
 @pytest.mark.parametrize(("bits", "most"), [(8, 127), (4, 7)])
@@ -239,7 +250,10 @@ def test_pruned_entries_are_0_or_the_threshold_or_as_they_were(rate):
         (msbp.sample_entries, {"density": None}, TypeError, r"density must be a number in \(0, 1\]"),
         (msbp.stochastic_prune, {"rate": 0}, ValueError, r"rate must lie in \(0, 1\) .* got 0\. msbp\.dense\(\)"),
         (msbp.stochastic_prune, {"rate": 1.0}, ValueError, r"rate must lie in \(0, 1\) .* got 1"),
-        (msbp.stochastic_prune, {"rate": "a"}, TypeError, r"rate must be a number in \(0, 1\) .* got 'a'"),
+        (msbp.stochastic_prune, {"rate": 1 - 2**-53}, ValueError, r"rate must lie in \(0, 1\)"),
+        (msbp.dithered, {"scale": 10**400}, ValueError, "scale must be positive and finite"),
+        (msbp.dithered, {"scale": 4, "bits": 8.0}, ValueError, r"bits must be 8, 4, or None .* got 8\.0"),
+        (msbp.stochastic_prune, {"rate": "a"}, TypeError, r"rate must be a number .* got 'a'"),
     ],
 )
 def test_bad_arguments(factory, arguments, error, message):
@@ -251,3 +265,8 @@ def test_bad_arguments(factory, arguments, error, message):
 def test_nothing_is_left_to_remember(name):
     with pytest.raises(ValueError, match=r"nothing is left to remember"):
         msbp.memorized(EVERY[name], decay=0.5)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert msbp.dithered(np.float32(4)) == msbp.dithered(4)
+    assert msbp.stochastic_prune(np.float64(0.5)) == msbp.stochastic_prune(0.5)

@@ -204,10 +204,52 @@ def test_the_report():
 def test_the_report_says_where_nothing_is_saved():
     row = msbp.sparse_vjp(network, msbp.dithered(4), backend="xla").report(PARAMS, X).sparse[0]
     assert (row.skips, row.saved) == ("", 0)
-    assert "only native kernels, on a CPU, leave out single entries" in row.warning
+    assert "only native kernels leave out single entries" in row.warning
     row = msbp.sparse_vjp(network, msbp.dithered(4, bits=8)).report(PARAMS, X).sparse[0]
     assert (row.keeps, row.backend, row.saved) == ("entries that are not 0, 8 bits", "xla, 8 bits", 0)
     assert "a CPU emulates 8-bit products, with equal results and no faster than dense" in row.warning
+
+
+def report_of(sparsifier, dtype=jnp.float32, **options):
+    cast = lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+    return msbp.sparse_vjp(network, sparsifier, **options).report(cast(PARAMS), X.astype(dtype)).sparse[0]
+
+
+def test_the_report_of_what_runs_dense_all_the_same():
+    row = report_of(msbp.sample_entries(0.5))
+    assert (row.saved, row.backend) == (0, "xla, dense")
+    assert not NATIVE or "so many entries are kept that it is faster" in row.warning
+    row = report_of(msbp.dithered(4), jnp.float16)
+    assert (row.saved, row.skips, row.backend) == (0, "", "xla, dense")
+    assert "in float32 and bfloat16" in row.warning
+    row = report_of(msbp.split(dx=msbp.dense(), dw=msbp.dithered(4, bits=8)))
+    assert (row.backend, row.saved) == ("dx xla, dense; dw xla, 8 bits", 0)
+    assert "a CPU emulates 8-bit products" in row.warning
+    assert report_of(msbp.dithered(4, bits=8), backend="native" if NATIVE else "xla").backend == "xla, 8 bits"
+
+
+@pytest.mark.skipif(not NATIVE, reason="the native kernels were not built")
+def test_the_report_of_rows_for_one_product_and_entries_for_the_other():
+    row = report_of(msbp.split(dx=msbp.skip_zero_rows(), dw=msbp.dithered(4)))
+    assert row.skips == "rows and entries"
+
+
+@pytest.mark.skipif(not NATIVE, reason="the native kernels were not built")
+def test_inside_a_shard_map_each_device_has_its_own_share_of_entries():
+    f = msbp.sparse_vjp(lambda w, x: x @ w, msbp.dithered(3))
+    w, x = random_gradient(0, 16, N), random_gradient(1, ROWS, 16)
+    g = random_gradient(2, ROWS, N).at[:8].set(1.0)  # the first device's has no spread, and is passed on
+    memory = f.init_memory(w, x[:8])
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(
+        lambda w, m, x, g: lax.psum((f(w, x, memory=m) * g).sum(), "data"),
+        mesh=mesh, in_specs=(P(), P(), P("data"), P("data")), out_specs=P(),
+    )  # fmt: skip
+    step = jax.jit(msbp.value_and_grad(mapped))
+    _, got, after = step(w, memory, x, g)
+    assert np.isfinite(got).all()
+    assert 0.125 < float(after["params"].density) < 0.6
+    assert not np.allclose(got, x.T @ g)
 
 
 @pytest.mark.slow

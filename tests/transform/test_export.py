@@ -57,6 +57,7 @@ SPARSIFIERS = {
     "rows at the site": {"*": msbp.sample_rows(efficiency=0.8)},
     "dithered": msbp.dithered(2),
     "dithered, 8 bits": msbp.dithered(2, bits=8),
+    "dithered where it enters": {"@outputs": msbp.dithered(2), "*": msbp.skip_zero_rows()},
     "entries": msbp.sample_entries(0.3),
     "pruned": msbp.stochastic_prune(0.8),
     "rows of zeros": msbp.skip_zero_rows(),

@@ -109,8 +109,9 @@ def test_params_and_memory_swapped():
         model.apply({"params": memory}, X, memory=params)
     with pytest.raises(ValueError, match=r"memory of kernel is an array, .*Were params and memory swapped\?"):
         model.apply(variables, X, memory=params)
-    f, draws = function(), msbp.sparse_vjp(lambda w, x: x @ w, msbp.random_k(k=4))
-    for g in (f, draws):
+    random = msbp.random_k(k=4), msbp.sample_rows(density=0.5), msbp.dithered(2), msbp.dithered(2, bits=8)
+    draws = [msbp.sparse_vjp(lambda w, x: x @ w, sparsifier) for sparsifier in random]
+    for g in (function(), *draws):
         with pytest.raises(TypeError, match=swapped):
             msbp.value_and_grad(lambda w, m, x, g=g: g(w, x, memory=m).mean())(g.init_memory(W, X), W, X)
 

@@ -25,10 +25,7 @@ def uniform(
     """
     start = _mixed(_mixed(row_numbers ^ key[0]) ^ key[1])
     twist = _mixed((start + _word(_COLUMN_STEP)) ^ key[0])
-    x = (columns * _word(_COLUMN_STEP))[None, :] + start[:, None]
-    x = (x ^ (x >> 16)) * _word(_FIRST)
-    x = ((x ^ (x >> 15)) + twist[:, None]) * _word(_SECOND)
-    x = (x ^ (x >> 16)) >> 9
+    x = _mixed(((columns * _word(_COLUMN_STEP))[None, :] + start[:, None]) ^ twist[:, None]) >> 9
     # Both steps are exact, so that it does not matter whether a platform rounds them once or twice.
     return x.astype(jnp.int32).astype(jnp.float32) * 2.0**-23 + 2.0**-24
 

@@ -34,7 +34,7 @@ def quantized_dot(p: Entries, other: Float[Array, ...], axes: tuple[int, int], d
       dtype: Of the result; None for float32.
     """
     q, slices = quantized(other, axes[1])
-    sums = int_dot(p.values, q, axes)
+    sums = int_dot(p.values, q, axes, largest=_LARGEST if p.bits == 8 else 7)
     scaled = sums.astype(slices.dtype) * (slices * p.scale_or_one().astype(slices.dtype))[None, :]
     return scaled.astype(dtype or slices.dtype)
 
@@ -54,17 +54,20 @@ def quantized(other: Float[Array, ...], axis: int) -> tuple[Int[Array, ...], Flo
     return jnp.where(jnp.isfinite(level), level, 0).astype(jnp.int8), worth
 
 
-def int_dot(lhs: Int[Array, ...], rhs: Int[Array, ...], axes: tuple[int, int]) -> Int[Array, "a b"]:
-    """Return a product of whole numbers of 8 bits, exact, int32.
+def int_dot(
+    lhs: Int[Array, ...], rhs: Int[Array, ...], axes: tuple[int, int], largest: int = _LARGEST
+) -> Int[Array, "a b"]:
+    """Return a product of whole numbers of 8 bits, exact, int32: up to 133,000 terms of the largest numbers.
 
     Args:
       lhs: int8, two axes.
       rhs: int8, two axes.
       axes: Which axis of each is contracted.
+      largest: The largest number of `lhs`, for how many products a float holds.
     """
     if not emulates_8_bits() or _compat.is_symbolic(*lhs.shape, *rhs.shape):
         return lax.dot_general(lhs, rhs, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.int32)
-    return _exact_in_floats(lhs, rhs, axes)
+    return _exact_in_floats(jnp.moveaxis(lhs, axes[0], 0), jnp.moveaxis(rhs, axes[1], 0), largest)
 
 
 def emulates_8_bits() -> bool:
@@ -72,13 +75,19 @@ def emulates_8_bits() -> bool:
     return target.platform() == "cpu"
 
 
-def _exact_in_floats(lhs: jax.Array, rhs: jax.Array, axes: tuple[int, int]) -> jax.Array:
+def _exact_in_floats(lhs: Int[Array, "t a"], rhs: Int[Array, "t b"], largest: int) -> Int[Array, "a b"]:
     """Return it by float32 sums of so few products that none reaches 2^24."""
-    at_once = 2**24 // _LARGEST**2
-    lhs, rhs = jnp.moveaxis(lhs, axes[0], 0), jnp.moveaxis(rhs, axes[1], 0)
+    at_once = 2**24 // (largest * _LARGEST)
+
+    def part(a: jax.Array, b: jax.Array) -> jax.Array:
+        dims = (((0,), (0,)), ((), ()))
+        whole = lax.dot_general(a.astype(jnp.float32), b.astype(jnp.float32), dims, precision="highest")
+        return whole.astype(jnp.int32)
+
     length = lhs.shape[0]
-    total = jnp.zeros((lhs.shape[1], rhs.shape[1]), jnp.int32)
-    for begin in range(0, length, at_once):
-        a, b = (array[begin : begin + at_once].astype(jnp.float32) for array in (lhs, rhs))
-        total += lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision="highest").astype(jnp.int32)
-    return total
+    if length <= at_once:
+        return part(lhs, rhs)
+    chunks = -(-length // at_once)
+    cut = lambda array: jnp.pad(array, ((0, chunks * at_once - length), (0, 0))).reshape(chunks, at_once, -1)
+    add = lambda total, both: (total + part(*both), None)
+    return lax.scan(add, jnp.zeros((lhs.shape[1], rhs.shape[1]), jnp.int32), (cut(lhs), cut(rhs)))[0]

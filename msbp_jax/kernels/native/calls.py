@@ -27,6 +27,7 @@ NOT_BUILT = (
     "Install a C++ compiler (GCC or Clang) and msbp_jax again."
 )
 
+MOST_ENTRIES = 2**31
 DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
@@ -78,8 +79,8 @@ def check_entries(entries: int) -> None:
     Raises:
       NotImplementedError: There are too many.
     """
-    if entries >= 2**31:
-        raise NotImplementedError(f"the native kernels number up to 2^31 kept entries, got {entries}")
+    if entries >= MOST_ENTRIES:
+        raise NotImplementedError(f"the native kernels number up to 2^31 entries, got {entries}")
 
 
 def call(

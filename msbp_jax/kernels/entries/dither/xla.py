@@ -29,6 +29,10 @@ def dither(
         made = jnp.where(share < 1, drawn, g)
     else:
         level = jnp.floor(g / by + noise)
-        made = level if cotangent.dtype.itemsize < 4 else level * by
+        if cotangent.dtype.itemsize < 4:  # levels, which may be beyond what float16 holds
+            most = jnp.finfo(cotangent.dtype).max.astype(dtype)
+            made = jnp.where(jnp.isfinite(g), jnp.clip(level, -most, most), g)
+        else:
+            made = level * by
     made = jnp.where(step > 0, made, g).astype(cotangent.dtype)
     return made, jnp.sum(made != 0, axis=1, dtype=jnp.float32)

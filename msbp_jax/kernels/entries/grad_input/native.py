@@ -20,7 +20,7 @@ def grad_input(
     rows, n = cotangent.shape
     calls.check_entries(rows * n)
     results = [((rows, weight.shape[1 - feature_axis]), jnp.float32)]
-    operands = [cotangent.values, cotangent.scale_or_one()[None], weight]
+    operands = [cotangent.values, cotangent.scale_or_one().astype(jnp.float32)[None], weight]
     split = ("native entries grad_input", rows, 1)
     (dx,) = calls.call("entries_grad_input", operands, results, split=split, features_last=feature_axis == 1)
     return dx.astype(dtype or jnp.float32)

@@ -20,7 +20,7 @@ def grad_weight(
     (rows, n), m = cotangent.shape, inputs.shape[1]
     calls.check_entries(rows * n)
     results = [((m, n) if feature_axis == 1 else (n, m), jnp.float32)]
-    operands = [cotangent.values, cotangent.scale_or_one()[None], inputs]
+    operands = [cotangent.values, cotangent.scale_or_one().astype(jnp.float32)[None], inputs]
     split = ("native entries grad_weight", rows, 1)
     (dw,) = calls.call("entries_grad_weight", operands, results, split=split, features_last=feature_axis == 1)
     return dw.astype(dtype or jnp.float32)

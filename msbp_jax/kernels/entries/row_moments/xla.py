@@ -15,6 +15,9 @@ def row_moments(cotangent: Float[Array, "rows n"]) -> Float[Array, "rows 3"]:
     g, takes = cotangent.astype(dtype), jnp.isfinite(cotangent)
     count = jnp.sum(takes, axis=1, dtype=dtype)
     first = finite(g[:, :1])  # taken off before the sum, so that equal entries have themselves for a mean
-    mean = first[:, 0] + jnp.where(takes, g - first, 0).sum(axis=1) / jnp.maximum(count, 1)
-    squares = jnp.square(jnp.where(takes, g - mean[:, None], 0)).sum(axis=1)
-    return jnp.stack([jnp.where(takes_part(cotangent)[:, 0], count, 0), mean, squares], axis=1)
+    off = jnp.where(takes, g - first, 0)
+    mean = first[:, 0] + off.sum(axis=1) / jnp.maximum(count, 1)
+    size = jnp.max(jnp.abs(off), axis=1, initial=0)
+    per_size = jnp.where(size > 1e-37, 1 / jnp.where(size > 1e-37, size, 1), 0)  # squares are of numbers around 1
+    norm = size * jnp.linalg.norm(jnp.where(takes, g - mean[:, None], 0) * per_size[:, None], axis=1)
+    return jnp.stack([jnp.where(takes_part(cotangent)[:, 0], count, 0), mean, norm], axis=1)
