@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import gzip
 import pathlib
 from typing import NamedTuple
@@ -27,19 +28,20 @@ class Tagging(NamedTuple):
     tags: int
 
 
-def load(folder: pathlib.Path | None, length: int) -> Tagging:
+def load(folder: pathlib.Path | None, length: int, at_least: int = 1) -> Tagging:
     """Return the data, cut or padded to one length.
 
     Args:
       folder: Where `en_ewt-ud-train.conllu` and `en_ewt-ud-test.conllu` lie, gzipped or not; None for made-up ones.
       length: Words of a sentence.
+      at_least: How often a word or suffix must be in the training data to have a number of its own.
 
     Raises:
       FileNotFoundError: A file is missing.
     """
     if folder is None:
-        return encode(made_up(2000, 0), made_up(400, 1), length)
-    return encode(read_conllu(_find(folder, "train")), read_conllu(_find(folder, "test")), length)
+        return encode(made_up(2000, 0), made_up(400, 1), length, at_least)
+    return encode(read_conllu(_find(folder, "train")), read_conllu(_find(folder, "test")), length, at_least)
 
 
 def read_conllu(path: pathlib.Path) -> Sentences:
@@ -60,10 +62,13 @@ def made_up(count: int, seed: int) -> Sentences:
     ]
 
 
-def encode(train: Sentences, test: Sentences, length: int) -> Tagging:
-    """Return both parts as numbers; what only the second has is not known."""
+def encode(train: Sentences, test: Sentences, length: int, at_least: int = 1) -> Tagging:
+    """Return both parts as numbers; what only the second has, or the first too seldom, is not known."""
     tags = {tag: i + 1 for i, tag in enumerate(sorted({tag for sentence in train for _, tag in sentence}))}
-    pieces = sorted({piece for sentence in train for word, _ in sentence for piece in (word, "-" + word[-3:])})
+    counts = collections.Counter(
+        piece for sentence in train for word, _ in sentence for piece in (word, "-" + word[-3:])
+    )
+    pieces = sorted(piece for piece, count in counts.items() if count >= at_least)
     known = {piece: i + 2 for i, piece in enumerate(pieces)}
 
     def arrays(sentences: Sentences) -> dict[str, np.ndarray]:

@@ -42,7 +42,7 @@ def write(folder: pathlib.Path, task: str, runs: Sequence[Run]) -> str:
         "percent, mean and standard deviation over seeds, after each budget of seconds, to which the learning rate is "
         "decayed. "
         f"Time: how many times sooner than the best dense batch size a method reaches {target} %, with a 95 % "
-        "interval.\n\n"
+        "interval over resampled seeds, 0 where they do not reach it.\n\n"
     )
     text = head + markdown([{key: value for key, value in row.items() if key != "target, %"} for row in rows]) + "\n"
     (folder / f"{task}.md").write_text(text)

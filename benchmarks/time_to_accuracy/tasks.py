@@ -99,7 +99,8 @@ class Tagger(nn.Module):
     @nn.compact
     def __call__(self, words: jax.Array, suffixes: jax.Array) -> jax.Array:
         """Return logits `[batch, time, tags]`."""
-        x = nn.Embed(self.vocabulary, self.width)(words) + nn.Embed(self.vocabulary, self.width)(suffixes)
+        embed = nn.Embed(self.vocabulary, self.width)
+        x = embed(words) + embed(suffixes)
         x = nn.RNN(nn.OptimizedLSTMCell(self.width))(x)
         return nn.Dense(self.tags)(x)
 
@@ -116,7 +117,8 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, words: jax.Array, suffixes: jax.Array) -> jax.Array:
         """Return logits `[batch, time, tags]`."""
-        x = nn.Embed(self.vocabulary, self.width)(words) + nn.Embed(self.vocabulary, self.width)(suffixes)
+        embed = nn.Embed(self.vocabulary, self.width)
+        x = embed(words) + embed(suffixes)
         x = x + self.param("place", nn.initializers.normal(0.02), (1, words.shape[1], self.width))
         there = nn.make_attention_mask(words > 0, words > 0)
         for _ in range(self.layers):
@@ -191,7 +193,8 @@ def _cnn(folder: pathlib.Path | None, small: bool) -> Task:
 
 
 def _words(folder: pathlib.Path | None) -> tuple[dict[str, Any], tagging.Tagging]:
-    data = tagging.load(folder, 12 if folder is None else LENGTH)
+    # As taggers do, words seen but once are not known; with all of them the optimizer of the table is most of a step.
+    data = tagging.load(folder, 12 if folder is None else LENGTH, at_least=2)
     found = {
         "train": {name: jnp.asarray(array) for name, array in data.train.items()},
         "test": {name: jnp.asarray(array) for name, array in data.test.items()},
