@@ -4,6 +4,7 @@
 //   c++ -std=c++17 -O1 -g -fsanitize=address,undefined fuzz.cpp scratch.cpp kernels.cpp -o fuzz -pthread && ./fuzz 300
 #include "fuzz_columns.h"
 #include "fuzz_matrices.h"
+#include "fuzz_weights.h"
 
 int main(int count, char** arguments) {
   const int rounds = count > 1 ? std::atoi(arguments[1]) : 300;
@@ -14,6 +15,7 @@ int main(int count, char** arguments) {
       rows_once(**kernels, pool);
       entries_once(**kernels, pool);
       dither_once(**kernels, pool);
+      weights_once(**kernels, pool);
     }
     std::printf("%s: %d rounds\n", (*kernels)->name, rounds);
   }

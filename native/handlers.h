@@ -12,5 +12,6 @@ struct Handler {
 
 std::vector<Handler> rows_handlers();     // rows_handlers.cpp
 std::vector<Handler> entries_handlers();  // entries_handlers.cpp
+std::vector<Handler> weights_handlers();  // weights_handlers.cpp
 
 }  // namespace msbp

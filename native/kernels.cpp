@@ -7,6 +7,7 @@
 #include "lists.h"
 #include "rows.h"
 #include "select.h"
+#include "weights.h"
 
 #ifndef MSBP_KERNELS
 #define MSBP_KERNELS portable
@@ -65,6 +66,18 @@ void entries_grad_weight(const msbp::MatrixProduct& p, msbp::Pool& pool) {
   by_types(p, [&](auto value, auto other) { entries_grad_weight<decltype(value), decltype(other)>(p, pool); });
 }
 
+bool weight_times(const msbp::WeightProduct& p, msbp::Pool& pool) {
+  if (p.values_bfloat16)
+    return p.in_bfloat16 ? weight_times<uint16_t, uint16_t>(p, pool) : weight_times<uint16_t, float>(p, pool);
+  return p.in_bfloat16 ? weight_times<float, uint16_t>(p, pool) : weight_times<float, float>(p, pool);
+}
+
+bool weight_gradient(const msbp::WeightGradient& p, msbp::Pool& pool) {
+  if (p.x_bfloat16)
+    return p.g_bfloat16 ? weight_gradient<uint16_t, uint16_t>(p, pool) : weight_gradient<uint16_t, float>(p, pool);
+  return p.g_bfloat16 ? weight_gradient<float, uint16_t>(p, pool) : weight_gradient<float, float>(p, pool);
+}
+
 void dither(const msbp::Dither& d, msbp::Pool& pool) {
   d.bfloat16 ? dither<uint16_t>(d, pool) : dither<float>(d, pool);
 }
@@ -91,6 +104,8 @@ const Kernels MSBP_JOIN(MSBP_KERNELS, _kernels) = {MSBP_TEXT(MSBP_KERNELS),
                                                    dither,
                                                    row_moments,
                                                    entries_grad_input,
-                                                   entries_grad_weight};
+                                                   entries_grad_weight,
+                                                   weight_times,
+                                                   weight_gradient};
 
 }  // namespace msbp

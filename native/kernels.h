@@ -86,6 +86,29 @@ struct RowMoments {
   float* out;  // [rows, 3]
 };
 
+// out[i, list] = sum over the entries e of each list of values[order[e]] in[i, inner[e]]: see weights.h.
+struct WeightProduct {
+  const void* values;     // [entries]
+  const int32_t* starts;  // [lists + 1]
+  const int32_t* inner;   // [entries], ascending in a list
+  const int32_t* order;   // [entries]; null for the order of the lists
+  const void* in;         // [rows, inner_size]
+  bool values_bfloat16, in_bfloat16;
+  int64_t entries, lists, inner_size, rows;
+  float* out;  // [rows, lists]
+};
+
+// out[e] = sum over rows of x[i, inner[e]] g[i, list], for the entries e of each list.
+struct WeightGradient {
+  const void* x;          // [rows, m]
+  const void* g;          // [rows, n]
+  const int32_t* starts;  // [n + 1]
+  const int32_t* inner;   // [entries]
+  bool x_bfloat16, g_bfloat16;
+  int64_t entries, rows, m, n;
+  float* out;  // [entries]
+};
+
 struct Kernels {
   const char* name;
   void (*select)(const Select&, Pool&);
@@ -98,6 +121,8 @@ struct Kernels {
   void (*row_moments)(const RowMoments&, Pool&);
   void (*entries_grad_input)(const MatrixProduct&, Pool&);
   void (*entries_grad_weight)(const MatrixProduct&, Pool&);
+  bool (*weight_times)(const WeightProduct&, Pool&);      // false if an index is out of range
+  bool (*weight_gradient)(const WeightGradient&, Pool&);  // the same
 };
 
 // Every instruction set that this build has and this processor runs, best first; the last is the portable one.
