@@ -69,27 +69,29 @@ bool weight_times(const msbp::WeightProduct& p, msbp::Pool& pool) {
   return true;
 }
 
-// The sum of a vector's lanes, by halves.
-MSBP_INLINE float sum_by_halves(Floats x) {
 #ifdef __AVX2__
-#if (defined(__AVX512F__) && MSBP_VECTOR_FLOATS == 16) || MSBP_VECTOR_FLOATS == 8
-#if MSBP_VECTOR_FLOATS == 16
-  __m256 halves[2];
-  std::memcpy(halves, &x, sizeof x);
-  const __m256 eight = _mm256_add_ps(halves[0], halves[1]);
-#else
-  const __m256 eight = (__m256)x;
-#endif
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+MSBP_INLINE float sum_of_eight(__m256 x) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 #endif
-#endif
+
+// The sum of a vector's lanes, by halves.
+MSBP_INLINE float sum_by_halves(Floats x) {
+#if defined(__AVX2__) && MSBP_VECTOR_FLOATS == 16
+  __m256 halves[2];
+  std::memcpy(halves, &x, sizeof x);
+  return sum_of_eight(halves[0] + halves[1]);
+#elif defined(__AVX2__) && MSBP_VECTOR_FLOATS == 8
+  return sum_of_eight((__m256)x);
+#else
   float lane[VL];
   store(lane, x);
   for (int half = VL / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
+#endif
 }
 
 template <typename Left, typename Right>

@@ -21,6 +21,7 @@ FOLDERS = {
     "benchmarks/helpers": {"benchmarks.data"},
     "benchmarks/suite": {"benchmarks.helpers"},
     "benchmarks/accelerator": {"benchmarks.helpers", "benchmarks.data"},
+    "benchmarks/dithered": {"benchmarks.helpers", "benchmarks.data"},
     "benchmarks/time_to_accuracy": {"benchmarks.helpers", "benchmarks.data"},
     "benchmarks": {"benchmarks.helpers", "benchmarks.suite"},
     "studies": {"benchmarks.helpers", "benchmarks.data"},
@@ -59,6 +60,8 @@ def test_only_entries_have_a_main(file):
     [
         (["benchmarks"], [*PARTS, "--again", "--small"]),
         (["benchmarks.accelerator"], ["rates", "transformer", "--again", "--small"]),
+        (["benchmarks.time_to_accuracy"], ["mnist", "--only", "--small"]),
+        (["benchmarks.dithered"], ["zeros", "workers", "--small"]),
         (["studies"], ["accuracy", "language_model", "repeated_sites"]),
         (["studies", "accuracy"], ["--data", "--out", "--epochs"]),
     ],
