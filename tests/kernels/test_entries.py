@@ -120,11 +120,11 @@ def by_numpy(g, v, step, *, prunes):
 @pytest.mark.parametrize("prunes", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @hypothesis.given(
-    rows=st.integers(1, 40), n=st.integers(1, 70), step=st.sampled_from([0.0, 0.25, 1.0, 3.0]), spoiled=st.booleans(),
-    seed=st.integers(0, 99),
+    rows=st.sampled_from([1, 3, 40]), n=st.sampled_from([1, 17, 64, 70]), seed=st.integers(0, 99),
+    step=st.sampled_from([0.0, 0.25, 1.0, 3.0]), spoiled=st.booleans(),
 )  # fmt: skip
 @hypothesis.settings(max_examples=15)
-def test_every_backend_makes_what_the_formula_says_to_the_bit(backend, prunes, dtype, rows, n, step, spoiled, seed):
+def test_every_backend_makes_what_the_formula_says_to_the_bit(backend, prunes, dtype, rows, n, seed, step, spoiled):
     g = gradient(seed, rows, n, dtype, spoiled=spoiled)
     made, kept = kernels.dither(g, KEY, jnp.float32(step), prunes=prunes, backend=backend)
     want = np.asarray(g, np.float32) if step == 0 else by_numpy(g, noise(KEY, rows, n), step, prunes=prunes)
