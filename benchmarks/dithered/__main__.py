@@ -11,9 +11,7 @@ Times of the backward: `python -m benchmarks entries`. Time to an accuracy: `pyt
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,7 +21,7 @@ import numpy as np
 import msbp_jax as msbp
 from benchmarks.dithered import networks, training, workers
 from benchmarks.helpers import machine, paths
-from benchmarks.helpers.records import today
+from benchmarks.helpers.records import once, today
 from benchmarks.helpers.tables import markdown
 
 type Run = dict[str, Any]
@@ -51,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def once(folder: pathlib.Path, settings: dict[str, Any], make: Callable[[], Run]) -> Run:
+def run(folder: pathlib.Path, settings: dict[str, Any], make: Callable[[], Run]) -> Run:
     """Return a run, from its file or run now.
 
     Args:
@@ -59,15 +57,14 @@ def once(folder: pathlib.Path, settings: dict[str, Any], make: Callable[[], Run]
       settings: What tells runs apart.
       make: Runs it.
     """
-    label = re.sub(r"\W+", "_", " ".join(f"{key} {value}" for key, value in settings.items()))
-    file = folder / f"{label}.json"
-    if file.is_file():
-        return json.loads(file.read_text())
-    found = settings | {"date": today(), "machine": machine.describe("not used")} | make()
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found) + "\n")
-    print(" ".join(f"{key} {value}" for key, value in settings.items()), found["accuracy"][-1], flush=True)
-    return found
+    label = " ".join(f"{key} {value}" for key, value in settings.items())
+
+    def made() -> Run:
+        found = settings | {"date": today(), "machine": machine.describe("not used")} | make()
+        print(label, found["accuracy"][-1], flush=True)
+        return found
+
+    return once(folder, label, made)
 
 
 def zeros(folder: pathlib.Path, names: Iterable[str], args: argparse.Namespace) -> str:
@@ -82,7 +79,7 @@ def zeros(folder: pathlib.Path, names: Iterable[str], args: argparse.Namespace) 
         for seed in range(args.seeds):
             for plan, sparsifier in plans.items():
                 make = lambda task=task, sparsifier=sparsifier, seed=seed: training.train(task, sparsifier, seed)
-                runs[plan].append(once(folder, {"data": _data(args), "task": name, "plan": plan, "seed": seed}, make))
+                runs[plan].append(run(folder, {"data": _data(args), "task": name, "plan": plan, "seed": seed}, make))
         text += f"\n### {name}\n\n{markdown([_row_of_zeros(plan, runs) for plan in plans])}\n"
     return text
 
@@ -131,7 +128,7 @@ def several_workers(folder: pathlib.Path, args: argparse.Namespace) -> str:
                     "seed": seed,
                 }
                 make = lambda n=number, s=scale, seed=seed: workers.train(task, s, n, batch, seed)
-                runs.append(once(folder, settings, make))
+                runs.append(run(folder, settings, make))
             last = lambda key, runs=runs: [run[key][-1] for run in runs]
             mean = lambda key, last=last: float(np.mean(last(key)))
             rows.append(

@@ -16,10 +16,11 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from benchmarks.data import cifar, mnist
+from benchmarks.data.images import Images
+from benchmarks.helpers.networks import CNN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +69,6 @@ class LeNet(nn.Module):
         return nn.Dense(10)(x)
 
 
-class Convolutions(nn.Module):
-    """Three convolutions and a linear layer."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return logits `[batch, 10]`."""
-        for channels in (32, 64, 128):
-            x = nn.avg_pool(nn.relu(nn.Conv(channels, (3, 3))(x)), (2, 2), (2, 2))
-        return nn.Dense(10)(x.reshape(len(x), -1))
-
-
 def make(name: str, folder: pathlib.Path | None, *, small: bool) -> Task:
     """Return a task.
 
@@ -95,27 +85,17 @@ def make(name: str, folder: pathlib.Path | None, *, small: bool) -> Task:
 
 
 def _on_mnist(module: nn.Module, rate: float, epochs: int) -> Callable[[pathlib.Path | None], Task]:
-    def task(folder: pathlib.Path | None) -> Task:
-        data = mnist.load(folder)
-        arrays = _pair(data.train_x, data.train_y), _pair(data.test_x, data.test_y)
-        return Task(module, *arrays, optax.sgd(rate, momentum=0.9), 128, epochs)
-
-    return task
+    return lambda folder: _task(module, mnist.load(folder), optax.sgd(rate, momentum=0.9), epochs)
 
 
 def _cifar(folder: pathlib.Path | None) -> Task:
-    if folder is None:
-        digits = mnist.load(None)
-        square = lambda x: x.reshape(-1, 8, 8, 1)
-        arrays = _pair(square(digits.train_x), digits.train_y), _pair(square(digits.test_x), digits.test_y)
-    else:
-        images = cifar.load(folder)
-        arrays = _pair(images.train_x - 0.5, images.train_y), _pair(images.test_x - 0.5, images.test_y)
-    return Task(Convolutions(), *arrays, optax.adam(1e-3), 128, 3)
+    return _task(CNN(32), cifar.centred(folder), optax.adam(1e-3), 3)
 
 
-def _pair(x: np.ndarray, y: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    return jnp.asarray(x), jnp.asarray(y)
+def _task(module: nn.Module, images: Images, optimizer: optax.GradientTransformation, epochs: int) -> Task:
+    pair = lambda x, y: (jnp.asarray(x), jnp.asarray(y))
+    train, test = pair(images.train_x, images.train_y), pair(images.test_x, images.test_y)
+    return Task(module, train, test, optimizer, 128, epochs)
 
 
 TASKS: dict[str, Callable[[pathlib.Path | None], Task]] = {

@@ -11,6 +11,7 @@ import optax
 
 import msbp_jax as msbp
 from benchmarks.dithered.networks import Task
+from benchmarks.helpers.networks import Setting, problem
 
 
 def train(task: Task, plan: msbp.Sparsifier | None, seed: int) -> dict[str, Any]:
@@ -23,16 +24,8 @@ def train(task: Task, plan: msbp.Sparsifier | None, seed: int) -> dict[str, Any]
     """
     x, y = task.train
     params = task.module.init(jax.random.key(seed), x[:1])["params"]
-    if plan is None:
-        memory: Any = {}
-        plain = lambda params, x: task.module.apply({"params": params}, x)
-        of = jax.value_and_grad(lambda params, x, y: mean_loss(plain(params, x), y))
-        gradients = lambda params, memory, x, y: (*of(params, x, y), memory)
-    else:
-        model = msbp.sparse_vjp(task.module, plan)
-        memory = reseeded(model.init_memory({"params": params}, x[: task.batch]), seed)
-        apply = lambda params, memory, x: model.apply({"params": params}, x, memory=memory)
-        gradients = msbp.value_and_grad(lambda params, memory, x, y: mean_loss(apply(params, memory, x), y))
+    gradients, _, memory = problem(Setting("", task.module, x[: task.batch], y[: task.batch], 1), plan)
+    memory = reseeded(memory, seed)
 
     def step(state: Any, rows: jax.Array) -> tuple[Any, tuple[jax.Array, dict[str, jax.Array]]]:
         params, memory, opt_state = state
@@ -51,11 +44,6 @@ def train(task: Task, plan: msbp.Sparsifier | None, seed: int) -> dict[str, Any]
         found["accuracy"].append(round(accuracy(task, state[0]), 3))
         found["told"].append({name: round(float(values.mean()), 5) for name, values in told.items()})
     return found
-
-
-def mean_loss(logits: Any, labels: jax.Array) -> jax.Array:
-    """Return the mean cross-entropy."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def accuracy(task: Task, params: Any) -> float:

@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 import msbp_jax as msbp
 from benchmarks.dithered.networks import Task
-from benchmarks.dithered.training import accuracy, mean_loss, reseeded
+from benchmarks.dithered.training import accuracy, reseeded
+from benchmarks.helpers.networks import Setting, problem
 
 
 def train(task: Task, scale: float | None, workers: int, batch: int, seed: int) -> dict[str, Any]:
@@ -34,12 +35,10 @@ def train(task: Task, scale: float | None, workers: int, batch: int, seed: int) 
     x, y = task.train
     own = batch // workers
     params = task.module.init(jax.random.key(seed), x[:1])["params"]
-    plan = msbp.dense() if scale is None else msbp.dithered(scale)
-    model = msbp.sparse_vjp(task.module, plan)
-    memories = [reseeded(model.init_memory({"params": params}, x[:own]), 1000 * seed + i) for i in range(workers)]
+    plan = None if scale is None else msbp.dithered(scale)
+    gradients, _, start = problem(Setting("", task.module, x[:own], y[:own], 1), plan)
+    memories = [reseeded(start, 1000 * seed + i) for i in range(workers)]
     memory = jax.tree.map(lambda *leaves: jnp.stack(leaves), *memories)
-    apply = lambda params, memory, x: model.apply({"params": params}, x, memory=memory)
-    gradients = msbp.value_and_grad(lambda params, memory, x, y: mean_loss(apply(params, memory, x), y))
     mesh = jax.make_mesh((workers,), ("workers",), axis_types=(AxisType.Auto,))
     spread = NamedSharding(mesh, P("workers"))
 

@@ -62,6 +62,20 @@ class LSTM(nn.Module):
         return nn.Dense(self.vocabulary)(x)
 
 
+class CNN(nn.Module):
+    """Three convolutions, no normalization, and a linear layer."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return logits `[batch, 10]`."""
+        for factor in (1, 2, 4):
+            x = nn.relu(nn.Conv(factor * self.channels, (3, 3))(x))
+            x = nn.avg_pool(x, (2, 2), (2, 2))
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """A network and a batch.

@@ -80,6 +80,23 @@ class Records:
         return same and known["date"] >= self.since
 
 
+def once(folder: pathlib.Path, label: str, make: Callable[[], Row]) -> Row:
+    """Return a run from its file, or made now and written into it.
+
+    Args:
+      folder: Where files are.
+      label: What tells runs apart.
+      make: Makes it.
+    """
+    file = folder / (re.sub(r"\W+", "_", label) + ".json")
+    if file.is_file():
+        return json.loads(file.read_text())
+    found = make()
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found) + "\n")
+    return found
+
+
 def finished(folder: pathlib.Path) -> dict[str, Part]:
     """Return all parts in a folder that are finished, by name, whatever machine they are from."""
     files = sorted(file for file in folder.glob("*.json") if not file.name.endswith(".partial.json"))

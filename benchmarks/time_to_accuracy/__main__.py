@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import pathlib
-import re
 from typing import Any
 
 from benchmarks.helpers import machine, paths
-from benchmarks.helpers.records import today
+from benchmarks.helpers.records import once, today
 from benchmarks.time_to_accuracy import methods, summary, tasks
 from benchmarks.time_to_accuracy.train import Trainer
 
@@ -67,10 +65,10 @@ class Runs:
           density: What uniform rows keep.
         """
         settled = f" {density:g}" if name == methods.UNIFORM else ""
-        label = re.sub(r"\W+", "_", f"{name}{settled} rate {rate:g} seed {seed} budget {budget:g}")
-        file = self.folder / f"{label}.json"
-        if file.is_file():
-            return json.loads(file.read_text())
+        label = f"{name}{settled} rate {rate:g} seed {seed} budget {budget:g}"
+        return once(self.folder, label, lambda: self._made(name, rate, seed, budget, density))
+
+    def _made(self, name: str, rate: float, seed: int, budget: float, density: float) -> dict[str, Any]:
         trainer = self._trainers.get((name, density))
         if trainer is None:
             trainer = self._trainers[name, density] = Trainer(self.task, methods.make(self.task, name, density))
@@ -78,8 +76,6 @@ class Runs:
         points = [{key: round(value, 5) for key, value in point.items()} for point in points]
         found = {"task": self.task.name, "method": name, "rate": rate, "seed": seed, "budget": budget}
         found |= {"batch": trainer.batch, "date": today(), "machine": self._machine, "points": points}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found) + "\n")
         last = points[-1]
         print(
             f"{self.task.name}: {name}, rate {rate:g}, seed {seed}, {budget:g} s: {last['accuracy']:.2f} %, "

@@ -21,11 +21,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from benchmarks.data import cifar, mnist, tagging, text
-from benchmarks.helpers.networks import MLP, Transformer
+from benchmarks.data.images import Images
+from benchmarks.helpers.networks import CNN, MLP, Transformer
 
 type Batch = dict[str, jax.Array]
 
@@ -127,20 +127,6 @@ class Encoder(nn.Module):
         return nn.Dense(self.tags)(nn.LayerNorm()(x))
 
 
-class CNN(nn.Module):
-    """Three convolutions, no normalization, and a linear layer."""
-
-    channels: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return logits `[batch, 10]`."""
-        for factor in (1, 2, 4):
-            x = nn.relu(nn.Conv(factor * self.channels, (3, 3))(x))
-            x = nn.avg_pool(x, (2, 2), (2, 2))
-        return nn.Dense(10)(x.reshape(len(x), -1))
-
-
 def make(name: str, folder: pathlib.Path | None, *, small: bool = False) -> Task:
     """Return a task.
 
@@ -158,7 +144,7 @@ def _mnist(folder: pathlib.Path | None, small: bool) -> Task:
     return Task(
         name="mnist",
         module=MLP(64 if small else 1024, 3),
-        **_images(images.train_x, images.train_y, images.test_x, images.test_y),
+        **_images(images),
         optimizer=_momentum,
         rates=(0.05, 0.1, 0.2, 0.4, 0.8),
         batch=1024,
@@ -172,17 +158,11 @@ def _momentum(learning_rate: Any) -> optax.GradientTransformation:
 
 
 def _cnn(folder: pathlib.Path | None, small: bool) -> Task:
-    if folder is None:
-        digits = mnist.load(None)
-        square = lambda x: x.reshape(-1, 8, 8, 1)
-        arrays = _images(square(digits.train_x), digits.train_y, square(digits.test_x), digits.test_y)
-    else:
-        images = cifar.load(folder)
-        arrays = _images(images.train_x - 0.5, images.train_y, images.test_x - 0.5, images.test_y)
+    images = cifar.centred(folder)
     return Task(
         name="cnn",
         module=CNN(16 if small else 32),
-        **arrays,
+        **_images(images),
         optimizer=optax.adam,
         rates=(5e-4, 1e-3, 2e-3),
         batch=256,
@@ -254,10 +234,10 @@ def _language(folder: pathlib.Path | None, small: bool) -> Task:
     )
 
 
-def _images(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray) -> dict[str, Any]:
+def _images(images: Images) -> dict[str, Any]:
     return {
-        "train": {"x": jnp.asarray(train_x), "y": jnp.asarray(train_y)},
-        "test": {"x": jnp.asarray(test_x), "y": jnp.asarray(test_y)},
+        "train": {"x": jnp.asarray(images.train_x), "y": jnp.asarray(images.train_y)},
+        "test": {"x": jnp.asarray(images.test_x), "y": jnp.asarray(images.test_y)},
         "inputs": lambda batch: (batch["x"],),
         "labels": lambda batch: batch["y"],
     }
