@@ -93,7 +93,7 @@ void dither(const msbp::Dither& d, msbp::Pool& pool) {
 // For each row: how many entries are finite (0 if the row takes no part), their mean, and the norm of what they differ
 // from it by. Equal entries have their value for a mean, and 0, exactly; squares are of numbers around 1.
 template <typename Value>
-void row_moments(const msbp::RowMoments& m, msbp::Pool& pool) {
+void row_moments(const msbp::OfRows& m, msbp::Pool& pool) {
   const Value* values = static_cast<const Value*>(m.values);
   parallel(pool, ceil_div(m.rows, kDitherRows), [&](int64_t task) {
     for (int64_t i = task * kDitherRows; i < least(m.rows, (task + 1) * kDitherRows); ++i) {

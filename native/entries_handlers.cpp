@@ -45,28 +45,9 @@ ffi::Error dither(ffi::ThreadPool threads, ffi::AnyBuffer values_, ffi::AnyBuffe
   });
 }
 
-ffi::Error row_moments(ffi::ThreadPool threads, ffi::AnyBuffer values_, ffi::Result<ffi::AnyBuffer> out_,
+ffi::Error row_moments(ffi::ThreadPool threads, ffi::AnyBuffer values, ffi::Result<ffi::AnyBuffer> moments,
                        int64_t instruction_set) {
-  const Operand values("cotangent", values_, 2), out("moments", *out_, 2);
-  Check check;
-  check.rank(values, 2);
-  check.rank(out, 2);
-  check.real(values);
-  check.dtype(out, {ffi::DataType::F32}, "float32");
-  if (!check.good()) return check.error();
-  const int64_t rows = values.shape[0], n = values.shape[1];
-  check.range("rows", rows, 1, kMost);
-  check.range("n", n, 1, kMost);
-  check.shape(out, {rows, 3});
-  check.batch(values, out.batch);
-  const Kernels* kernels = kernels_of(instruction_set, check);
-  if (!check.good()) return check.error();
-  XlaPool pool(threads, rows * n);
-  return for_each_of_batch(out.batch, [&](int64_t b) {
-    kernels->row_moments({values.at(b, out.batch), values.bfloat16(), rows, n,
-                          reinterpret_cast<float*>(out.at(b, out.batch))},
-                         pool);
-  });
+  return of_rows(&Kernels::row_moments, "moments", {3}, threads, values, moments, instruction_set, 0);
 }
 
 ffi::Error grad_input(ffi::ThreadPool threads, ffi::AnyBuffer values, ffi::AnyBuffer scale, ffi::AnyBuffer weight,

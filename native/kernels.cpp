@@ -82,11 +82,11 @@ void dither(const msbp::Dither& d, msbp::Pool& pool) {
   d.bfloat16 ? dither<uint16_t>(d, pool) : dither<float>(d, pool);
 }
 
-void row_moments(const msbp::RowMoments& m, msbp::Pool& pool) {
+void row_moments(const msbp::OfRows& m, msbp::Pool& pool) {
   m.bfloat16 ? row_moments<uint16_t>(m, pool) : row_moments<float>(m, pool);
 }
 
-void live_rows(const msbp::LiveRows& l, msbp::Pool& pool) {
+void live_rows(const msbp::OfRows& l, msbp::Pool& pool) {
   l.bfloat16 ? live_rows<uint16_t>(l, pool) : live_rows<float>(l, pool);
 }
 

@@ -57,12 +57,13 @@ struct MatrixProduct {
   float* out;
 };
 
-// live[i] = 1 if row i has an entry that is not 0, else 0.
-struct LiveRows {
+// Numbers of each row: live_rows, 1 if it has an entry that is not 0, else 0, [rows]; row_moments, how many entries are
+// finite, 0 if all are 0, their mean, and the norm of what they differ from it by, [rows, 3].
+struct OfRows {
   const void* values;  // [rows, n]
   bool bfloat16;
   int64_t rows, n;
-  float* live;
+  float* out;
 };
 
 // Entries made 0 by chance: see dither.h.
@@ -76,14 +77,6 @@ struct Dither {
   int64_t rows, n;
   void* out;    // [rows, n]: multiples of the step, or which multiples in bfloat16; pruned entries as they are
   float* kept;  // how many are not 0, [rows]
-};
-
-// Of each row: how many entries are finite, 0 if all are 0; their mean; the norm of what they differ from it by.
-struct RowMoments {
-  const void* values;  // [rows, n]
-  bool bfloat16;
-  int64_t rows, n;
-  float* out;  // [rows, 3]
 };
 
 // out[i, list] = sum over the entries e of each list of values[order[e]] in[i, inner[e]]: see weights.h.
@@ -114,11 +107,11 @@ struct Kernels {
   void (*select)(const Select&, Pool&);
   void (*grad_input)(const Product&, Pool&);
   void (*grad_weight)(const Product&, Pool&);
-  void (*live_rows)(const LiveRows&, Pool&);
+  void (*live_rows)(const OfRows&, Pool&);
   void (*rows_grad_input)(const MatrixProduct&, Pool&);
   void (*rows_grad_weight)(const MatrixProduct&, Pool&);
   void (*dither)(const Dither&, Pool&);
-  void (*row_moments)(const RowMoments&, Pool&);
+  void (*row_moments)(const OfRows&, Pool&);
   void (*entries_grad_input)(const MatrixProduct&, Pool&);
   void (*entries_grad_weight)(const MatrixProduct&, Pool&);
   bool (*weight_times)(const WeightProduct&, Pool&);      // false if an index is out of range

@@ -1,4 +1,4 @@
-// What XLA calls for the products of a cotangent that comes as a matrix and a vector beside it.
+// What XLA calls for a cotangent that comes as a matrix: numbers of its rows, and its products with a vector beside it.
 #pragma once
 
 #include "operands.h"
@@ -7,6 +7,33 @@ namespace msbp {
 namespace {
 
 constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+
+// Numbers of every row, each of shape `each`; `work_a_row` is a rough count of operations, 0 for one an entry.
+ffi::Error of_rows(void (*Kernels::*kernel)(const OfRows&, Pool&), const char* name, std::vector<int64_t> each,
+                   ffi::ThreadPool threads, ffi::AnyBuffer values_, ffi::Result<ffi::AnyBuffer> out_,
+                   int64_t instruction_set, int64_t work_a_row) {
+  const Operand values("cotangent", values_, 2), out(name, *out_, 1 + each.size());
+  Check check;
+  check.rank(values, 2);
+  check.rank(out, 1 + each.size());
+  check.real(values);
+  check.dtype(out, {ffi::DataType::F32}, "float32");
+  if (!check.good()) return check.error();
+  const int64_t rows = values.shape[0], n = values.shape[1];
+  check.range("rows", rows, 1, kMost);
+  check.range("n", n, 1, kMost);
+  each.insert(each.begin(), rows);
+  check.shape(out, each);
+  check.batch(values, out.batch);
+  const Kernels* kernels = kernels_of(instruction_set, check);
+  if (!check.good()) return check.error();
+  XlaPool pool(threads, rows * (work_a_row > 0 ? work_a_row : n));
+  return for_each_of_batch(out.batch, [&](int64_t b) {
+    (kernels->*kernel)({values.at(b, out.batch), values.bfloat16(), rows, n,
+                        reinterpret_cast<float*>(out.at(b, out.batch))},
+                       pool);
+  });
+}
 
 enum class By { kRows, kEntries };
 

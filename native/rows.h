@@ -28,7 +28,7 @@ struct Kept {
 };
 
 template <typename Value>
-void live_rows(const msbp::LiveRows& l, msbp::Pool& pool) {
+void live_rows(const msbp::OfRows& l, msbp::Pool& pool) {
   constexpr int64_t kRowsATask = 256;
   const Value* values = static_cast<const Value*>(l.values);
   parallel(pool, ceil_div(l.rows, kRowsATask), [&](int64_t task) {
@@ -38,7 +38,7 @@ void live_rows(const msbp::LiveRows& l, msbp::Pool& pool) {
       bool live = false;  // nearly every row shows in its first vector that it is
       for (; !live && j + VL <= l.n; j += VL) live = any_bit(magnitude(load(row + j)));
       for (; !live && j < l.n; ++j) live = magnitude_bits(widen(row[j])) != 0;
-      l.live[i] = live ? 1.0f : 0.0f;
+      l.out[i] = live ? 1.0f : 0.0f;
     }
   });
 }

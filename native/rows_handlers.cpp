@@ -5,28 +5,10 @@
 namespace msbp {
 namespace {
 
-ffi::Error live_rows(ffi::ThreadPool threads, ffi::AnyBuffer values_, ffi::Result<ffi::AnyBuffer> live_,
+ffi::Error live_rows(ffi::ThreadPool threads, ffi::AnyBuffer values, ffi::Result<ffi::AnyBuffer> live,
                      int64_t instruction_set) {
-  const Operand values("cotangent", values_, 2), live("which rows are live", *live_, 1);
-  Check check;
-  check.rank(values, 2);
-  check.rank(live, 1);
-  check.real(values);
-  check.dtype(live, {ffi::DataType::F32}, "float32");
-  if (!check.good()) return check.error();
-  const int64_t rows = values.shape[0], n = values.shape[1];
-  check.range("rows", rows, 1, std::numeric_limits<int32_t>::max());
-  check.range("n", n, 1, std::numeric_limits<int32_t>::max());
-  check.shape(live, {rows});
-  check.batch(values, live.batch);
-  const Kernels* kernels = kernels_of(instruction_set, check);
-  if (!check.good()) return check.error();
-  XlaPool pool(threads, rows * 16);
-  return for_each_of_batch(live.batch, [&](int64_t b) {
-    kernels->live_rows({values.at(b, live.batch), values.bfloat16(), rows, n,
-                        reinterpret_cast<float*>(live.at(b, live.batch))},
-                       pool);
-  });
+  // Nearly every row shows in its first vector that it is.
+  return of_rows(&Kernels::live_rows, "which rows are live", {}, threads, values, live, instruction_set, 16);
 }
 
 ffi::Error grad_input(ffi::ThreadPool threads, ffi::AnyBuffer values, ffi::AnyBuffer rows, ffi::AnyBuffer weight,
