@@ -12,8 +12,6 @@ beside them a room for what belongs to one compiler (`native`, `pallas`, `xla`),
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -225,12 +223,7 @@ def dither(
       (bfloat16) or 2048; or pruned entries. And how many of each row are not 0, float32.
     """
     numbers = jnp.arange(cotangent.shape[0], dtype=jnp.uint32)
-    run = functools.partial(dispatch.run, "dither", _keyed(entries.OPS["dither"], prunes), backend)
-    return run(cotangent, numbers, key, step)
-
-
-def _keyed(implementations: Mapping[str, Callable[..., Any]], prunes: bool) -> dict[str, Callable[..., Any]]:
-    return {name: functools.partial(function, prunes=prunes) for name, function in implementations.items()}
+    return dispatch.run("dither", entries.OPS["dither"], backend, cotangent, numbers, key, step, prunes)
 
 
 def spread(cotangent: Float[Array, "rows n"], *, backend: str | None = None) -> Float[Array, ""]:

@@ -17,7 +17,6 @@ from msbp_jax.sparsifiers._base import Sparsifier
 from msbp_jax.sparsifiers._entries import (
     EntriesState,
     QuantizedState,
-    backend_at,
     share_of,
     split_words,
     starting_state,
@@ -93,7 +92,7 @@ class _Dithered:
         return Sparsifier(init=self.init, apply=self.apply, name=name, at=self.at, remembers=False)
 
     def at(self, where: Where) -> Sparsifier:
-        return dataclasses.replace(self, backend=backend_at(where)).sparsifier()
+        return dataclasses.replace(self, backend=where.maker).sparsifier()
 
     def init(self, aval: jax.ShapeDtypeStruct) -> EntriesState | QuantizedState:
         del aval
@@ -117,15 +116,14 @@ class _Dithered:
             step = step.astype(u.dtype).astype(step.dtype)
             values, kept = dither(u, words, step, backend=self.backend)
         share = share_of(kept, rows * n)
-        after = told(EntriesState(state.key, state.density, state.steps), following, share)
         if isinstance(state, QuantizedState):
             p, clipped = self._in_levels(u, values, step)
             mean = running(state.clipped, clipped, state.steps)
-            return p, QuantizedState(after.key, after.density, mean, after.steps)
+            return p, told(state, following, share)._replace(clipped=mean)
         scale = None
         if u.dtype.itemsize < 4:  # then these are levels
             scale = jnp.where(step > 0, step, 1)
-        return Entries(values, scale, share), after
+        return Entries(values, scale, share), told(state, following, share)
 
     def _in_levels(
         self, u: Float[Array, "rows n"], values: Float[Array, "rows n"], step: Float[Array, ""]

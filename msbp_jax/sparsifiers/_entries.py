@@ -73,9 +73,10 @@ def starting_state(key: StartingKey | None) -> EntriesState:
     return EntriesState(jax.random.key(0) if key is None else key.array, *zeros)
 
 
-def told(state: EntriesState, key: jax.Array, share: jax.Array) -> EntriesState:
-    """Return the state after a step."""
-    return EntriesState(key, running(state.density, share, state.steps), state.steps + 1)
+def told[S: (EntriesState, QuantizedState)](state: S, key: jax.Array, share: jax.Array) -> S:
+    """Return the state after a step, the clipped entries as they were."""
+    density = running(state.density, share, state.steps)
+    return state._replace(key=key, density=density, steps=state.steps + 1)
 
 
 def split_words(key: jax.Array) -> tuple[jax.Array, UInt32[Array, " 2"]]:
@@ -94,9 +95,8 @@ def share_of(kept: Float[Array, " rows"], entries: Any) -> Float[Array, ""]:
     return kept.sum() / jnp.maximum(jnp.asarray(entries, jnp.float32), 1)
 
 
-type _Newton = tuple[
-    jax.Array, jax.Array, jax.Array, jax.Array
-]  # 1/t, how many are certain, whether it is there, steps
+# 1/t, how many are kept for certain, whether it is there, and the steps so far.
+type _Newton = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def threshold_for(sizes: Float[Array, "rows n"], count: Float[Array, ""]) -> Float[Array, ""]:
@@ -146,7 +146,7 @@ class Pruning:
 
     def at(self, where: Where) -> Sparsifier:
         """Return what serves at a site: the same, of any width."""
-        return dataclasses.replace(self, backend=backend_at(where)).sparsifier()
+        return dataclasses.replace(self, backend=where.maker).sparsifier()
 
     def init(self, aval: jax.ShapeDtypeStruct) -> EntriesState:
         """Return the state before the first step."""
@@ -186,8 +186,3 @@ class Pruning:
         share = share_of(kept, rows * n)
         p = Entries(values, share=None if self.density is not None else share, density=self.density)
         return p, told(state, following, share)
-
-
-def backend_at(where: Where) -> str | None:
-    """Return the backend that makes entries 0 at a site: native code where there is some, unless XLA is asked for."""
-    return "xla" if where.backend == "xla" else None

@@ -8,11 +8,6 @@ import jax.numpy as jnp
 _STEPS = 10
 
 
-def share_of_new(steps: jax.Array) -> jax.Array:
-    """Return what share of a running mean a new number has, after so many steps."""
-    return jnp.maximum(1 / (steps + 1), 1 / _STEPS)
-
-
 def running(old: jax.Array, new: jax.Array, steps: jax.Array) -> jax.Array:
-    """Return the running mean with a new number in it."""
-    return old + share_of_new(steps) * (new - old)
+    """Return the running mean with a new number in it, after so many steps."""
+    return old + jnp.maximum(1 / (steps + 1), 1 / _STEPS) * (new - old)

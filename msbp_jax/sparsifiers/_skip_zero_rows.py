@@ -53,4 +53,4 @@ class _SkipZeroRows:
         return Rows(u, live_rows(u, backend=self.backend), unchanged=True), state
 
     def at(self, where: Where) -> Sparsifier:
-        return dataclasses.replace(self, backend="xla" if where.backend == "xla" else None).sparsifier()
+        return dataclasses.replace(self, backend=where.maker).sparsifier()

@@ -42,6 +42,11 @@ class Where(NamedTuple):
         return jax.ShapeDtypeStruct((self.rows, self.n), self.dtype)
 
     @property
+    def maker(self) -> str | None:
+        """The backend that makes a compact cotangent here: native code where there is some, unless XLA is asked for."""
+        return "xla" if self.backend == "xla" else None
+
+    @property
     def too_narrow(self) -> str:
         """Why a choice of features is not worth while here, "" if it may be."""
         return f"{self.n} features, fewer than min_features={self.min_features}" if self.n < self.min_features else ""

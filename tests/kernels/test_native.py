@@ -348,6 +348,17 @@ def spoil(draw, arrays: list[Array], least: int) -> list[Array]:
     return [*arrays[:place], (shape, dtype), *arrays[place + 1 :]]
 
 
+def runs_or_is_refused(which, operands, results, numbers, fits) -> None:
+    """Call a handler, which must run what fits and say of all else what must be."""
+    arrays = [jnp.zeros(*operand) for operand in operands]
+    call = lambda: jax.block_until_ready(calls.call(which, arrays, results, **numbers))
+    if fits:
+        assert [(a.shape, str(a.dtype)) for a in call()] == results
+    else:
+        with pytest.raises(jax.errors.JaxRuntimeError, match=r"msbp_jax: .* must (be|have) "):
+            call()
+
+
 @pytest.mark.slow
 @native
 @pytest.mark.parametrize("spoiled", ["nothing", "an operand", "a result", "a number", "all"])
@@ -368,14 +379,7 @@ def test_the_handlers_run_what_fits_and_refuse_all_else(spoiled):
             name = draw(st.sampled_from(sorted(numbers)))
             numbers[name] = draw(st.integers(-2, 7)) if type(numbers[name]) is int else not numbers[name]
         fitted.append(fits(which, operands, results, numbers))
-        call = lambda: jax.block_until_ready(
-            calls.call(which, [jnp.zeros(*operand) for operand in operands], results, **numbers)
-        )
-        if fitted[-1]:
-            assert [(a.shape, str(a.dtype)) for a in call()] == results
-        else:
-            with pytest.raises(jax.errors.JaxRuntimeError, match=r"msbp_jax: .* must (be|have) "):
-                call()
+        runs_or_is_refused(which, operands, results, numbers, fitted[-1])
 
     check()
     assert all(fitted) if spoiled == "nothing" else not all(fitted)

@@ -2,10 +2,8 @@
 
 import hypothesis
 import hypothesis.strategies as st
-import jax
-import jax.numpy as jnp
 import pytest
-from test_native import RANKS, native, spoil
+from test_native import RANKS, native, runs_or_is_refused, spoil
 
 from msbp_jax.kernels.native import calls
 
@@ -93,14 +91,7 @@ def test_the_handlers_run_what_fits_and_refuse_all_else(which, spoiled):
         if spoiled == "a number":
             numbers["instruction_set"] = draw(st.sampled_from([-1, 7, 2**40]))
         fitted.append(fits(which, operands, results, numbers))
-        call = lambda: jax.block_until_ready(
-            calls.call(which, [jnp.zeros(*operand) for operand in operands], results, **numbers)
-        )
-        if fitted[-1]:
-            assert [(a.shape, str(a.dtype)) for a in call()] == results
-        else:
-            with pytest.raises(jax.errors.JaxRuntimeError, match=r"msbp_jax: .* must (be|have) "):
-                call()
+        runs_or_is_refused(which, operands, results, numbers, fitted[-1])
 
     check()
     assert all(fitted) if spoiled == "nothing" else not all(fitted)

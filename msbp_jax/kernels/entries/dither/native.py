@@ -13,7 +13,6 @@ def dither(
     row_numbers: UInt32[Array, " rows"],
     key: UInt32[Array, " 2"],
     step: Float[Array, ""],
-    *,
     prunes: bool,
 ) -> tuple[Float[Array, "rows n"], Float[Array, " rows"]]:
     """See `msbp_jax.kernels.dither`."""
