@@ -2,11 +2,13 @@
 
 import gc
 import os
+import sys
 
 # Tests ask for numbers, not for speed, and most of their time is compiling: LLVM need not optimize what XLA gives it.
 # XLA's own passes, which fuse and lay out, are the usual ones. To be set before JAX is loaded. tests/test_optimized.py
-# runs a choice of tests without.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# runs a choice of tests without. On an accelerator everything is as its users have it.
+if "--accelerator" not in sys.argv:
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import hypothesis
 import jax
@@ -18,7 +20,7 @@ def pytest_addoption(parser):
 
 
 def pytest_report_header():
-    return f"XLA_FLAGS: {os.environ['XLA_FLAGS']!r}"
+    return f"XLA_FLAGS: {os.environ.get('XLA_FLAGS', '')!r}"
 
 
 def pytest_configure(config):
