@@ -24,7 +24,15 @@ class Setting(NamedTuple):
     copied: int = 2**29
     multiplied: int = 8192
     model: language_model.Size = language_model.Size()
-    backwards: tuple[str, ...] = ("dense", "top-k", "MSBP", "MSBP, whole batch")
+    backwards: tuple[str, ...] = (
+        "dense",
+        "top-k",
+        "MSBP",
+        "MSBP, whole batch",
+        "rows",
+        "rows, 1/4",
+        "dithered, 8 bits",
+    )
 
 
 SMALL = Setting(
@@ -37,7 +45,7 @@ SMALL = Setting(
     copied=2**10,
     multiplied=64,
     model=language_model.Size(layers=1, width=64, heads=2, length=32, batch=2, steps=2),
-    backwards=("dense", "MSBP"),
+    backwards=("dense", "MSBP", "half of the sequences"),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -24,7 +24,8 @@ class Size:
     heads: int = 16
     length: int = 1024
     batch: int = 16
-    steps: int = 1000
+    steps: int = 300
+    attention: Literal["xla", "cudnn"] = "xla"
 
 
 class Block(nn.Module):
@@ -38,7 +39,7 @@ class Block(nn.Module):
         size, half = self.size, jnp.bfloat16
         h = nn.Dense(3 * size.width, dtype=half, name="qkv")(nn.LayerNorm(dtype=half)(x))
         q, k, v = (part.reshape(*part.shape[:2], size.heads, -1) for part in jnp.split(h, 3, axis=-1))
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=size.attention).reshape(x.shape)
         x = x + nn.Dense(size.width, dtype=half, name="out")(y)
         h = nn.gelu(nn.Dense(4 * size.width, dtype=half, name="up")(nn.LayerNorm(dtype=half)(x)))
         return x + nn.Dense(size.width, dtype=half, name="down")(h), None
@@ -61,8 +62,8 @@ class LanguageModel(nn.Module):
         return nn.Dense(self.vocabulary, name="readout")(nn.LayerNorm()(x.astype(jnp.float32)))
 
 
-def methods(density: float, length: int) -> dict[str, msbp.Sparsifier]:
-    """Return what its layers propagate, by name.
+def methods(density: float, length: int) -> dict[str, dict[str, msbp.Sparsifier]]:
+    """Return the plan of each method, by name.
 
     Args:
       density: Share of the features.
@@ -70,22 +71,27 @@ def methods(density: float, length: int) -> dict[str, msbp.Sparsifier]:
     """
     top_k = msbp.top_k(density=density, rows_per_group=min(length, 128))
     whole = msbp.top_k(density=density, rows_per_group=None)
-    return {
+    in_blocks = {
         "dense": msbp.dense(),
         "top-k": top_k,
         "MSBP": msbp.memorized(top_k, decay=0.8),
         "MSBP, whole batch": msbp.memorized(whole, decay=0.8),
+        "rows, 1/4 of the words": msbp.sample_rows(density=1 / 4),
+        "dithered, 8 bits": msbp.dithered(4, bits=8),
     }
+    half = msbp.sample_rows(density=1 / 2, rows_per_group="example")
+    sequences = {"@outputs": half, "*": msbp.skip_zero_rows()}
+    return {name: {"blocks/*": each} for name, each in in_blocks.items()} | {"half of the sequences": sequences}
 
 
 class Trainer:
     """A model, its compiled step and its state."""
 
-    def __init__(self, sparsifier: msbp.Sparsifier, numbers: np.ndarray, size: Size) -> None:
+    def __init__(self, plan: dict[str, msbp.Sparsifier], numbers: np.ndarray, size: Size) -> None:
         self.batches = text.windows(numbers[: len(numbers) * 9 // 10], size.batch, size.length, 0)
         x, _ = next(self.batches)
         module = LanguageModel(int(numbers.max()) + 1, size)
-        self.model = msbp.sparse_vjp(module, {"blocks/*": sparsifier})
+        self.model = msbp.sparse_vjp(module, plan)
         variables = self.model.init(jax.random.key(0), x)
         self.report = self.model.report(variables, x)
         rate = optax.warmup_cosine_decay_schedule(0, 6e-4, max(1, size.steps // 10), max(2, size.steps))

@@ -42,8 +42,9 @@ def dithered(scale: float, *, bits: Literal[8, 4] | None = None, key: jax.Array 
       scale: `s`, the step in standard deviations of the gradient of the site; positive.
       bits: None for products of these floats. 8 or 4: levels `S(g)/Δ` are clipped to 127 or 7, and both products are
         made in 8 bits, with sums of 32: the other operand is rounded by its absolute maximum along the axis that is
-        contracted (deterministic: unbiased is the product with the rounded operand). Fast on GPUs and TPUs; on a CPU it
-        is emulated, with equal results, and no faster than dense.
+        contracted (deterministic: unbiased is the product with the rounded operand). GPUs and TPUs multiply 8 bits; on
+        an H200 the backward was no faster than a dense one for it (0.86 and 0.98 times). On a CPU it is emulated, with
+        equal results, and no faster than dense.
       key: Typed PRNG key that the state starts from, `jax.random.key(0)` if None. Every site gets a key of its own from
         it, as do stacked layers, steps of a scan, members of a vmap, devices and microbatches; every step splits it.
 
@@ -52,8 +53,8 @@ def dithered(scale: float, *, bits: Literal[8, 4] | None = None, key: jax.Array 
       many entries a step were clipped. The spread is that of all rows that are not exactly 0; where it is 0, g is
       passed on exactly. Gradients of biases are those of the whole g. What is not finite is passed on; with `bits` it
       makes all of the site's gradient NaN, as levels cannot. It serves layers of any width. On a CPU the native
-      kernels skip the zeros; elsewhere, and for convolutions, the products are those of the whole matrix, and only
-      bits save anything.
+      kernels skip the zeros; elsewhere, and for convolutions, the products are those of the whole matrix, and
+      nothing is saved but, with bits, what a chip multiplies faster for having fewer.
 
     Raises:
       ValueError: `scale` is not positive and finite, or `bits` none of None, 8 and 4.

@@ -12,7 +12,7 @@ def test_accelerator(tmp_path, capsys):
     arguments = ["--small", "--out", str(tmp_path)]
     accelerator.main(arguments)
     result = json.loads((tmp_path / "accelerator.json").read_text())
-    assert list(result) == ["rates", "errors", "layers", "transformer"]
+    assert list(result) == ["rates", "errors", "layers", "unbiased", "transformer"]
     rows = {name: part["rows"] for name, part in result.items()}
     assert {row["backend"] for row in rows["errors"]} == {"xla", "gpu", "tpu"}
     for row in rows["errors"]:
@@ -24,11 +24,12 @@ def test_accelerator(tmp_path, capsys):
         assert row["chosen/floor"] > 0
         assert "dense/xla" in row
         assert not {"dense/gpu", "dense/tpu"} & set(row)
-    assert [row["backward"] for row in rows["transformer"]] == ["dense", "MSBP"]
+    assert [row["backward"] for row in rows["transformer"]] == ["dense", "MSBP", "half of the sequences"]
+    assert all(row["dense/whole"] > 0 for row in rows["unbiased"])
     assert "## layers" in (tmp_path / "accelerator.md").read_text()
     capsys.readouterr()
     accelerator.main(arguments)
-    assert capsys.readouterr().out.count("--again measures it again") == 4
+    assert capsys.readouterr().out.count("--again measures it again") == 5
     assert json.loads((tmp_path / "accelerator.json").read_text()) == result
 
 

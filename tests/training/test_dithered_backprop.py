@@ -208,6 +208,10 @@ def test_the_report_says_where_nothing_is_saved():
     row = msbp.sparse_vjp(network, msbp.dithered(4, bits=8)).report(PARAMS, X).sparse[0]
     assert (row.keeps, row.backend, row.saved) == ("entries that are not 0, 8 bits", "xla, 8 bits", 0)
     assert "a CPU emulates 8-bit products, with equal results and no faster than dense" in row.warning
+    card = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=card)):
+        row = msbp.sparse_vjp(network, msbp.dithered(4, bits=8)).report(PARAMS, X).sparse[0]
+    assert "probably no faster than the dense one, as measured on an H200" in row.warning
 
 
 def report_of(sparsifier, dtype=jnp.float32, **options):

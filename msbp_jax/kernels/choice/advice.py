@@ -52,9 +52,10 @@ def warning(layer: Layer, backend: str | None = None) -> str:
 def note() -> str:
     """Return what is to be said about this installation or device, or ""."""
     if target.platform() != "cpu":
+        reached = ", of which as much is counted on as an H200 reached" if target.platform() == "gpu" else ""
         text = (
-            "Backends and warnings follow from published rates of the device, not from measurements on one; "
-            "`python -m benchmarks.accelerator` of the source tree measures."
+            f"Backends and warnings follow from published rates of the device{reached}, not from measurements on this "
+            "one; `python -m benchmarks.accelerator` of the source tree measures."
         )
         if target.platform() == "tpu" and jax.device_count() > 1:
             text += " Outside shard_map, xla serves for tpu: JAX cannot split a TPU kernel over devices."

@@ -1,7 +1,8 @@
 """Expected times on GPUs and TPUs: operations over the chip's published rate, and bytes over its published bandwidth.
 
-Nothing was measured for these figures. They put the paths of a layer into an order and tell a layer that gains from
-one that loses; `python -m benchmarks.accelerator` measures, on a chip, what they leave open.
+They put the paths of a layer into an order and tell a layer that gains from one that loses. What the GPU kernels and
+XLA's gathers reach of those rates was measured on one H200 (`python -m benchmarks.accelerator`, 2026-11-28), and is
+taken to be the same share of the rates of other GPUs. Nothing was measured on a TPU.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ _OTHERS: Final = {"gpu": CHIPS["A100"], "tpu": CHIPS["TPU v5 lite"]}
 # The share of the published rate that a matrix product reaches: XLA's, and that of this package's kernels.
 _XLA_REACHES, _KERNELS_REACH = 0.75, 0.6
 _CALL_SECONDS = 5e-6
-_CACHE_SPEED = 3.0  # a second-level cache's bandwidth over main memory's
+# On an H200: the rate of rows that the GPU kernels gather and add up, over main memory's bandwidth; how many times as
+# long as their bytes say XLA's gathers take; how often a selection reads the gradient; and bytes that would take as
+# long as XLA takes to sort a score.
+_GATHERED_SPEED, _XLA_GATHERS = 0.54, 6.0
+_SELECTION_READS, _SORTED = 6, 340
 _ENTRY = 2  # bytes of an entry: bfloat16
 _SUM = 4  # bytes of a sum: float32
 # Seconds on a TPU to start the copy of a row of wᵀ, and to add a row of 1,024 numbers to a tile of dw.
@@ -81,12 +86,13 @@ def seconds(path: str, device: Device, layer: Layer) -> float:
             work = 4 * rows * m * n / _XLA_REACHES, arrays + _ENTRY * rows * n + written, 0.0
         case "xla":
             # The gathered block of wᵀ is written and read; so are the products that make dw, and their sums.
-            moved = gathered * (2 * _ENTRY + (0 if groups == 1 else 4 * _SUM)) + _ENTRY * m * n
+            slower = _XLA_GATHERS if groups > 1 and not on_tpu else 1.0
+            moved = gathered * (2 * _ENTRY + (0 if groups == 1 else 4 * _SUM)) * slower + _ENTRY * m * n
             work = sparse / _XLA_REACHES, arrays + moved + (0 if groups == 1 else 3 * _SUM * m * n), 0.0
         case "gpu":
-            # wᵀ is transposed; gathered rows and the products that make dw pass through the cache.
-            tiles = -(-rows_per_group // 128)
-            moved = gathered * (tiles + 2) * _ENTRY / _CACHE_SPEED + 2 * _ENTRY * m * n
+            # wᵀ is transposed; rows of it are gathered and, of several groups, products are added up to make dw.
+            passes = 0 if groups == 1 else (-(-rows_per_group // 128) + 2) / _GATHERED_SPEED
+            moved = gathered * passes * _ENTRY + 2 * _ENTRY * m * n
             work = sparse / _KERNELS_REACH, arrays + moved, 0.0
         case "tpu":
             tiles = -(-rows_per_group // 256)
@@ -95,7 +101,9 @@ def seconds(path: str, device: Device, layer: Layer) -> float:
             work = sparse / _KERNELS_REACH, arrays + moved, copies * _COPY_SECONDS + adds * _ADD_SECONDS
         case _:
             moves = 1024 * rows * n if on_tpu and rows_per_group >= 16 else 0  # entries through the matrix unit
-            work = moves, 2 * _ENTRY * rows * n + 2 * _ENTRY * rows * k + 8 * _SUM * groups * n, 0.0
+            reads = 2 if on_tpu else _SELECTION_READS
+            scores = 8 * _SUM if on_tpu or rows_per_group >= 16 else _SORTED  # the GPU's kernel, or a sort
+            work = moves, reads * _ENTRY * rows * n + 2 * _ENTRY * rows * k + scores * groups * n, 0.0
     operations, moved, other = work
     rates = chip(device)
     return _CALL_SECONDS + operations / rates.operations + moved / rates.bytes_moved + other
