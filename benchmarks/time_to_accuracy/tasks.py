@@ -51,6 +51,8 @@ class Task:
       columns: Density and rows per group of top-k and MSBP.
       samples_rows: Whether there are rows to be sampled.
       epochs: How often an example may be seen; None for as often as there is time.
+      in_loops: Whether steps and batches of tests are taken in loops of XLA's. On a CPU convolutions in one take many
+        times as long.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Task:
     masked: bool = False
     samples_rows: bool = True
     epochs: int | None = None
+    in_loops: bool = True
 
     @property
     def examples(self) -> int:
@@ -159,6 +162,7 @@ def _momentum(learning_rate: Any) -> optax.GradientTransformation:
 
 def _cnn(folder: pathlib.Path | None, small: bool) -> Task:
     images = cifar.centred(folder)
+    images = images._replace(test_x=images.test_x[:5000], test_y=images.test_y[:5000])  # a look takes as long as steps
     return Task(
         name="cnn",
         module=CNN(16 if small else 32),
@@ -169,6 +173,7 @@ def _cnn(folder: pathlib.Path | None, small: bool) -> Task:
         budgets=(10, 20, 40),
         columns=(0.5, None),
         samples_rows=False,
+        in_loops=False,
     )
 
 
@@ -193,7 +198,7 @@ def _tagger(folder: pathlib.Path | None, small: bool) -> Task:
         name="tagger",
         module=module,
         **arrays,
-        rates=(1e-3, 2e-3, 4e-3),
+        rates=(1e-3, 2e-3, 4e-3, 8e-3),
         batch=64,
         budgets=(5, 10, 20),
         columns=(0.1, 32),
@@ -204,7 +209,7 @@ def _transformer(folder: pathlib.Path | None, small: bool) -> Task:
     arrays, data = _words(folder)
     module = Encoder(data.vocabulary, data.tags, 64 if small else 128)
     return Task(
-        name="transformer", module=module, **arrays, rates=(5e-4, 1e-3, 2e-3), batch=64, budgets=(5, 10, 20),
+        name="transformer", module=module, **arrays, rates=(5e-4, 1e-3, 2e-3, 4e-3), batch=64, budgets=(5, 10, 20),
         columns=(0.25, 32),
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ is over, however many steps that is.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -60,10 +61,12 @@ class Trainer:
         params = self._init(jax.random.key(0))
         self._gradients, self._memory = self._differentiated(method, params, some)
         self._settled_density = method.density
-        self._look = jax.jit(self._accuracy)
+        self._right = jax.jit(
+            lambda params, batch: task.right(task.module.apply({"params": params}, *task.inputs(batch)), batch)
+        )
         self._step_seconds = 0.0
         self._compiled: dict[int, Any] = {}
-        self._look(params, task.test)
+        self._accuracy(params, task.test)
         self._step_seconds = self._measured(params)
 
     def run(self, rate: float, seed: int, budget: float) -> Iterator[Point]:
@@ -92,7 +95,7 @@ class Trainer:
             over = seconds >= budget or bool(self._limit and taken + per_chunk > self._limit)
             if over or seconds >= budget * (looks + 1) / LOOKS:
                 looks = int(seconds / budget * LOOKS)
-                accuracy = float(self._look(state[0], self.task.test))
+                accuracy = self._accuracy(state[0], self.task.test)
                 yield Point(seconds, taken, float(np.mean(losses)), accuracy, float(np.mean(densities)))
                 losses, densities = [], []
 
@@ -105,11 +108,12 @@ class Trainer:
         return jax.tree.map(jnp.copy, (params, self._memory, self._tx.init(params)))
 
     def _chunk(self, steps: int, state: Any) -> Any:
-        if steps not in self._compiled:
-            rows = jax.ShapeDtypeStruct((steps, self.batch), jnp.int32)
+        size = steps if self.task.in_loops else 1
+        if size not in self._compiled:
+            rows = jax.ShapeDtypeStruct((size, self.batch), jnp.int32)
             rate = jax.ShapeDtypeStruct((), jnp.float32)
-            self._compiled[steps] = jax.jit(self._steps, donate_argnums=0).lower(state, rows, rate).compile()
-        return self._compiled[steps]
+            self._compiled[size] = jax.jit(self._steps, donate_argnums=0).lower(state, rows, rate).compile()
+        return self._compiled[size] if self.task.in_loops else functools.partial(_one_by_one, self._compiled[size])
 
     def _steps(self, state: Any, rows: jax.Array, rate: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
         def step(state: Any, rows: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
@@ -120,6 +124,9 @@ class Trainer:
             updates, opt_state = self._tx.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), memory, opt_state), (loss, self._density(memory))
 
+        if not self.task.in_loops:
+            state, told = step(state, rows[0])
+            return state, *told
         state, (losses, densities) = jax.lax.scan(step, state, rows)
         return state, losses.mean(), densities.mean()
 
@@ -154,13 +161,22 @@ class Trainer:
 
         return msbp.value_and_grad(loss), model.init_memory({"params": params}, *task.inputs(some))
 
-    def _accuracy(self, params: Any, test: Batch) -> jax.Array:
+    def _accuracy(self, params: Any, test: Batch) -> float:
         size = min(1000, len(next(iter(test.values()))))
         parts = len(next(iter(test.values()))) // size
-        cut = {name: array[: parts * size].reshape(parts, size, *array.shape[1:]) for name, array in test.items()}
+        right, told = 0.0, 0.0
+        for part in range(parts):
+            batch = {name: array[part * size : (part + 1) * size] for name, array in test.items()}
+            found = self._right(params, batch)
+            right, told = right + float(found[0]), told + float(found[1])
+        return 100 * right / told
 
-        def part(batch: Batch) -> tuple[jax.Array, jax.Array]:
-            return self.task.right(self.task.module.apply({"params": params}, *self.task.inputs(batch)), batch)
 
-        right, told = jax.lax.map(part, cut)
-        return 100 * right.sum() / told.sum()
+def _one_by_one(step: Callable[..., Any], state: Any, rows: jax.Array, rate: jax.Array) -> tuple[Any, float, float]:
+    """Take steps one call at a time; return the state, and the means of loss and density."""
+    seen = []
+    for row in rows[:, None]:
+        state, *told = step(state, row, rate)
+        seen.append(told)
+    losses, densities = np.mean(jax.device_get(seen), axis=0)
+    return state, losses, densities
