@@ -50,7 +50,13 @@ from msbp_jax.transform import SparseFunction as SparseFunction
 from msbp_jax.transform import SparseModule as SparseModule
 from msbp_jax.transform import SparseNNXModule as SparseNNXModule
 from msbp_jax.transform import SparseRow as SparseRow
+from msbp_jax.transform import SparseWeightsFunction as SparseWeightsFunction
+from msbp_jax.transform import SparseWeightsModule as SparseWeightsModule
 from msbp_jax.transform import sparse_vjp as sparse_vjp
+from msbp_jax.transform import sparse_weights as sparse_weights
+from msbp_jax.weights import Pattern as Pattern
+from msbp_jax.weights import densify as densify
+from msbp_jax.weights import prune as prune
 
 try:
     __version__ = _metadata.version("msbp-jax")

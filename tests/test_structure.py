@@ -21,6 +21,7 @@ STAGES = [
     "_compat",
     "_checks",
     "formats",
+    "weights",
     "kernels",
     "sparsifiers",
     "memory",
@@ -32,6 +33,8 @@ STAGES = [
     "testing",
 ]
 FLAX = {
+    "weights/_pattern.py",
+    "transform/sparse_weights.py",
     "transform/_linen.py",
     "transform/_nnx.py",
     "training/_train_state.py",

@@ -3,6 +3,7 @@
 from msbp_jax.rules._contraction import Contraction as Contraction
 from msbp_jax.rules._contraction import Side as Side
 from msbp_jax.rules._contraction import contraction as contraction
+from msbp_jax.rules._dot_general import DotGeneral as DotGeneral
 from msbp_jax.rules._operation import Dims as Dims
 from msbp_jax.rules._operation import Operation as Operation
 from msbp_jax.rules._operations import CONTRACTIONS as CONTRACTIONS
@@ -14,3 +15,6 @@ from msbp_jax.rules._products import path_of as path_of
 from msbp_jax.rules._rule import Rule as Rule
 from msbp_jax.rules._rule import Site as Site
 from msbp_jax.rules._rule import sparse_contraction as sparse_contraction
+from msbp_jax.rules._sparse_dot import SparseDot as SparseDot
+from msbp_jax.rules._sparse_dot import operands_of as operands_of
+from msbp_jax.rules._sparse_dot import sparse_dot_of as sparse_dot_of

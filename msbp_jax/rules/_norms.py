@@ -12,6 +12,8 @@ from jaxtyping import Array, Float
 from msbp_jax.rules._contraction import Side
 from msbp_jax.rules._operation import Dims, Matrices, Operands, Operation, Shape
 
+_AS_THEY_STAND = (Matrices.DIRECTLY, Matrices.BY_ENTRIES)
+
 
 def norms(
     wants: Sequence[str], operation: Operation, operands: Operands, side: Side, dims: Dims, out: Shape
@@ -35,7 +37,7 @@ def _input_norms(
     operation: Operation, operands: Operands, side: Side, dims: Dims, out: Shape
 ) -> Float[Array, "batch rows"]:
     lhs, rhs = operands[0].shape, operands[1].shape
-    if operation.matrices_by(lhs, rhs, None) is Matrices.DIRECTLY:
+    if operation.matrices_by(lhs, rhs, None) in _AS_THEY_STAND:
         return _norm(operation.as_matrices(operands, out).x, 2)
     # A contraction with ones sums what an output is made from; one feature is enough where it can be cut out.
     x, w, *others = (operand.astype(jnp.float32) if i < 2 else operand for i, operand in enumerate(operands))
@@ -49,7 +51,7 @@ def _weight_norms(
     operation: Operation, operands: Operands, side: Side, dims: Dims, out: Shape
 ) -> Float[Array, "batch n"]:
     w = operands[0 if side == "lhs" else 1]
-    if operation.matrices_by(operands[0].shape, operands[1].shape, None) is Matrices.DIRECTLY:
+    if operation.matrices_by(operands[0].shape, operands[1].shape, None) in _AS_THEY_STAND:
         matrices = operation.as_matrices(operands, out)
         return _norm(matrices.w, 1 if matrices.feature_axis == 1 else 2)
     features_first = jnp.moveaxis(w, operation.feature_axis, 0)

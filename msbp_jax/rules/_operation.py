@@ -91,6 +91,7 @@ class Matrices(enum.Enum):
 
     DIRECTLY = "directly"
     BY_PATCHES = "by patches"
+    BY_ENTRIES = "by entries"  # of a weight that is sparse
     NOT = "not"
 
 

@@ -8,3 +8,6 @@ from msbp_jax.transform._report import DenseRow as DenseRow
 from msbp_jax.transform._report import Report as Report
 from msbp_jax.transform._report import SparseRow as SparseRow
 from msbp_jax.transform.sparse_vjp import sparse_vjp as sparse_vjp
+from msbp_jax.transform.sparse_weights import SparseWeightsFunction as SparseWeightsFunction
+from msbp_jax.transform.sparse_weights import SparseWeightsModule as SparseWeightsModule
+from msbp_jax.transform.sparse_weights import sparse_weights as sparse_weights

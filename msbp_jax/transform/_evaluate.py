@@ -4,6 +4,9 @@ Everything without a site inside is evaluated as it stands. Higher-order equatio
 the public function they came from (`jax.jit`, `lax.scan`, `lax.switch`, `jax.checkpoint`, `jax.shard_map`), so that no
 parameter of theirs has to be edited; `_compat.left_alone` says which are not.
 
+Equations with a sparse weight among their operands are evaluated as `_sparse_operands` says: a product with it is a
+sparse product, a cast or a transposition leaves it sparse, and whatever else takes it sees the dense weight.
+
 A rebuilt equation is a function of its own, kept for the next time that it is met: outside of a `jit`, JAX would else
 compile it anew at every step.
 """
@@ -25,6 +28,8 @@ from msbp_jax.rules import CONTRACTIONS, Rule, Site, sparse_contraction
 from msbp_jax.sparsifiers._base import State
 from msbp_jax.sparsifiers._keys import bits_as_keys, fold, keys_as_bits, split_keys
 from msbp_jax.transform._discover import Loop, Place
+from msbp_jax.transform._sparse_operands import dense, passed_on, prepared, sparse_product
+from msbp_jax.weights import is_sparse
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,23 +65,39 @@ def evaluate(jaxpr: _compat.ClosedJaxpr, arguments: Sequence[Any], placed: Place
         return atom.val if isinstance(atom, _compat.Literal) else env[atom]
 
     for number, eqn in enumerate(inner.eqns):
-        if number not in with_sites:
-            single, wanted = _compat.single_equation(eqn, inner)
-            results = _compat.eval_jaxpr(single, [], *(env[v] for v in wanted))
-        else:
-            inputs = [read(atom) for atom in eqn.invars]
+        inputs = [read(atom) for atom in eqn.invars]
+        has_sparse = any(map(is_sparse, inputs))
+        if has_sparse and (weight := passed_on(eqn, inputs)) is not None:
+            env[eqn.outvars[0]] = weight
+            continue
+        if has_sparse:
+            inputs = prepared(eqn, inputs)
+            has_sparse = any(map(is_sparse, inputs))
+        if number in with_sites or has_sparse:
             with _compat.context_of(eqn):
                 results = list(_equation(eqn, inputs, _under(placed, number), _under(sites, number)))
+        else:
+            single, wanted = _compat.single_equation(eqn, inner)
+            by_variable = {v: x for v, x in zip(eqn.invars, inputs, strict=True) if not isinstance(v, _compat.Literal)}
+            results = _compat.eval_jaxpr(single, [], *(by_variable[v] for v in wanted))
         env.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in inner.outvars]
 
 
 def _equation(eqn: _compat.JaxprEqn, inputs: list[Any], placed: Placeds, sites: Sites) -> Sequence[Any]:
-    """Evaluate an equation that is a site or has one inside."""
-    if eqn.primitive.name in CONTRACTIONS:
-        operands = tuple(map(jnp.asarray, inputs))  # a constant of the program may be a NumPy array
-        return [sparse_contraction(placed[()].rule, operands, sites[()])]
-    return _rebuilt(_Equation(eqn.primitive, eqn.params), tuple(placed.items()))(inputs, sites)
+    """Evaluate an equation that is a site or a product with a sparse weight, or has one inside."""
+    if eqn.primitive.name not in CONTRACTIONS:
+        return _rebuilt(_Equation(eqn.primitive, eqn.params), tuple(placed.items()))(inputs, sites)
+    sparse = sparse_product(eqn, inputs)
+    # A constant of the program may be a NumPy array.
+    operands = tuple(map(jnp.asarray, inputs if sparse is None else sparse[1]))
+    if not placed:
+        assert sparse is not None
+        return [sparse[0].forward(*operands)]
+    rule = placed[()].rule
+    if sparse is not None:
+        rule = dataclasses.replace(rule, operation=sparse[0])
+    return [sparse_contraction(rule, operands, sites[()])]
 
 
 class _Equation:
@@ -160,7 +181,8 @@ def _cond(params: dict[str, Any], placed: Placeds) -> Callable[[list[Any], Sites
         bits, kinds = keys_as_bits(sites)  # under vmap a cond is a select, which counts as a use of both its keys
 
         def of_branch(number: int) -> Callable[[list[Any], Any], list[Any]]:
-            return lambda inputs, bits: branches[number](inputs, _under(bits_as_keys(bits, kinds), number))
+            branch = branches[number]
+            return lambda inputs, bits: list(map(dense, branch(inputs, _under(bits_as_keys(bits, kinds), number))))
 
         every = [of_branch(number) for number in range(len(branches))]
         if platforms is None:
@@ -188,7 +210,7 @@ def _scan(params: dict[str, Any], placed: Placeds) -> Callable[[list[Any], Sites
         def body(carry: list[Any], now: tuple[list[Any], Sites, Any]) -> tuple[list[Any], list[Any]]:
             arguments, sliced_sites, step_keys = now
             drawn = {p: site._replace(state=_with_keys(site.state, step_keys[p])) for p, site in shared.items()}
-            results = step([*fixed, *carry, *arguments], {**sliced_sites, **drawn})
+            results = list(map(dense, step([*fixed, *carry, *arguments], {**sliced_sites, **drawn})))
             return results[:carries], results[carries:]
 
         xs = (sliced, {place: sites[place] for place in stacked}, keys)

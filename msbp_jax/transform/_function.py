@@ -14,6 +14,7 @@ from msbp_jax.sparsifiers._base import State
 from msbp_jax.transform._plan import Plan
 from msbp_jax.transform._program import Program, trace
 from msbp_jax.transform._report import Report, make_report
+from msbp_jax.weights import is_sparse
 
 
 class SparseFunction:
@@ -76,6 +77,8 @@ class SparseFunction:
                 f"{self._name()} is differentiated without its memory, which would be a dense backward. Pass "
                 f"{self._memory_name}=..., as init_memory returned it, or differentiate the plain function."
             )
+        if any(map(is_sparse, jax.tree.leaves(params, is_leaf=is_sparse))):
+            return self._program(params, args, kwargs).run_plain()
         return self.function(params, *args, **kwargs)
 
     def init_memory(self, params: Any, *args: Any, **kwargs: Any) -> dict[str, State]:
@@ -129,7 +132,7 @@ class SparseFunction:
         params, _ = _without_memory(params)
         program = self._program(params, args, kwargs)
         program.check_plan()
-        return make_report(program.sites, program.outputs, self._backend)
+        return make_report(program.sites, program.outputs, self._backend, program.weights)
 
     def __repr__(self) -> str:
         """Return the wrapped function and the plan."""

@@ -23,6 +23,9 @@ from msbp_jax.transform._plan import Plan
 from msbp_jax.transform._remembers import Remembers, check_memory, init_memory
 from msbp_jax.transform._sites import Site, name_sites
 from msbp_jax.transform._sources import CONSTANT, DATA, Source
+from msbp_jax.transform._sparse_operands import dense
+from msbp_jax.transform._sparse_uses import WeightRow, describe, find_uses
+from msbp_jax.weights import SparseWeight, is_sparse
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +37,7 @@ class Program:
       arguments: Those arrays; ShapeDtypeStructs where the call was abstract.
       parameters: Path and shape of each parameter leaf.
       sites: Its contractions.
+      weights: What becomes of its sparse weights.
       outputs: The gradient that enters it, if the plan names it.
       rebuild: Turns the jaxpr's results into the function's result.
       plan: Which sparsifier each site gets.
@@ -45,6 +49,7 @@ class Program:
     arguments: list[Any]
     parameters: list[tuple[str, int]]
     sites: list[Site]
+    weights: list[WeightRow]
     outputs: Outputs | None
     rebuild: Callable[[list[Any]], Any]
     plan: Plan
@@ -118,8 +123,12 @@ class Program:
                 continue  # no gradient reaches it, so its memory stays
             placed[site.found.place] = Placed(self._rule(site, observer), site.loops)
             states[site.found.place] = SiteState(state, _as_given(site, carriers))
-        results = evaluate(self.jaxpr, self.arguments, placed, states)
+        results = list(map(dense, evaluate(self.jaxpr, self.arguments, placed, states)))
         return self.rebuild(self._entered(results, memory))
+
+    def run_plain(self) -> Any:
+        """Return the function's result, with plain JAX's backward but for weights that are sparse."""
+        return self.rebuild(list(map(dense, evaluate(self.jaxpr, self.arguments, {}, {}))))
 
     def _entered(self, results: list[Any], memory: Any) -> list[Any]:
         """Return the results, of the gradient of which something is chosen where it enters."""
@@ -186,10 +195,11 @@ def trace(
       TypeError: A parameter is not an array, or not of a floating dtype.
       ValueError: There are no parameters, or no contraction with one.
     """
-    keyed, params_structure = jax.tree_util.tree_flatten_with_path(params)
+    keyed, params_structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_sparse)
     check_no_states(params)
-    check_parameters(keyed)
     leaves = [leaf for _, leaf in keyed]
+    values = [leaf.values if isinstance(leaf, SparseWeight) else leaf for leaf in leaves]
+    check_parameters([(path, value) for (path, _), value in zip(keyed, values, strict=True)])
     passed = jax.tree.map(_as_number, (args[states:], kwargs))
     rest, rest_structure = jax.tree.flatten(((*args[:states], *passed[0]), passed[1]))
     is_traced = [is_array(leaf) and not _is_concrete_scalar(leaf) for leaf in rest]
@@ -209,7 +219,8 @@ def trace(
         return [leaf for leaf in results if is_array(leaf)]
 
     with jax.disable_jit(False):  # without jit, loops are unrolled, which changes the sites
-        jaxpr = _compat.make_jaxpr(flat_function, (leaves, traced), any_axes=memory is None)
+        avals = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_sparse(leaf) else leaf for leaf in leaves]
+        jaxpr = _compat.make_jaxpr(flat_function, (avals, traced), any_axes=memory is None)
     structure, fixed, are_arrays, is_output = result_structure[-1]
 
     def rebuild(results: list[Any]) -> Any:
@@ -219,25 +230,33 @@ def trace(
 
     parameters = [(path_name(path), int(np.prod(leaf.shape))) for path, leaf in keyed]
     moves = _what_moves(memory)
-    sources = [Source(frozenset({number}), moves=moves(leaf)) for number, leaf in enumerate(leaves)]
+    sources = [Source(frozenset({number}), moves=moves(value)) for number, value in enumerate(values)]
     sources += [dataclasses.replace(DATA, moves=moves(leaf)) for leaf in traced]
     data = {id(leaf) for leaf in rest if is_array(leaf)}
     constants = [
         dataclasses.replace(DATA if id(const) in data else CONSTANT, moves=moves(const)) for const in jaxpr.consts
     ]
     found = discover(jaxpr, sources, constants)
-    if not any(contraction.side or contraction.sealed for contraction in found):
+    has_sparse = any(map(is_sparse, leaves))
+    if not has_sparse and not any(contraction.side or contraction.sealed for contraction in found):
         names = ", ".join(path for path, _ in parameters)
         raise ValueError(
             f"No contraction has one of the parameters ({names}) on one side, so there is nothing to make sparse. "
             "sparse_vjp works on matrix products and convolutions of a parameter with data, which must be among the "
             "arguments: what a function closes over is a constant."
         )
+    sparse = {number: leaf for number, leaf in enumerate(leaves) if isinstance(leaf, SparseWeight)}
+    uses = find_uses(jaxpr, sparse) if sparse else []
+    products = {use.place: use.operation for use in uses if use.operation is not None}
     return Program(
         jaxpr=jaxpr,
         arguments=[*leaves, *traced],
         parameters=parameters,
-        sites=name_sites(found, parameters, plan, backend),
+        sites=name_sites(found, parameters, plan, backend, products),
+        weights=[
+            describe(parameters[number][0], weight, [u for u in uses if u.leaf == number])
+            for number, weight in sparse.items()
+        ],
         outputs=find_outputs(plan, jaxpr.out_avals, is_output, _name_of(function), backend),
         rebuild=rebuild,
         plan=plan,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+from collections.abc import Sequence
 
 import jax
 from rich.console import Console
@@ -16,10 +17,11 @@ from msbp_jax.kernels.choice import target
 from msbp_jax.kernels.choice.advice import note, warning
 from msbp_jax.kernels.choice.layer import Layer, layer_of
 from msbp_jax.kernels.choice.order import fastest_first
-from msbp_jax.rules import Path, path_of
+from msbp_jax.rules import Path, SparseDot, path_of
 from msbp_jax.sparsifiers._where import abstract_norms
 from msbp_jax.transform._outputs import Outputs
 from msbp_jax.transform._sites import Site
+from msbp_jax.transform._sparse_uses import WeightRow
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,25 +94,31 @@ class Report:
       dense: The others.
       saved: Share of the multiply-adds of the whole backward, over all contractions, that is saved, as
         far as shapes tell: what depends on the rows that are left out counts as nothing.
+      weights: What becomes of weights that are sparse.
     """
 
     entering: str
     sparse: tuple[SparseRow, ...]
     dense: tuple[DenseRow, ...]
     saved: float
+    weights: tuple[WeightRow, ...] = ()
 
     def __str__(self) -> str:
         """Return two tables."""
         text = io.StringIO()
         console = Console(file=text, width=160, force_terminal=False)
-        console.print(_sparse_table(self))
+        if self.weights:
+            console.print(_weights_table(self.weights))
+        if self.sparse or not self.weights:
+            console.print(_sparse_table(self))
         if self.entering:
             console.print(self.entering, highlight=False)
         if self.dense:
             console.print(_dense_table(self.dense))
-        for row in self.sparse:
-            if row.warning:
-                console.print(f"{row.name}: {row.warning}", highlight=False)
+        warnings = [(row.name, row.warning) for row in self.weights] + [(row.name, row.warning) for row in self.sparse]
+        for name, said in warnings:
+            if said:
+                console.print(f"{name}: {said}", highlight=False)
         for skipped in _skipped(self):
             console.print(_BY.format(skipped.capitalize(), skipped), highlight=False)
         if said := note():
@@ -118,17 +126,19 @@ class Report:
         return text.getvalue().rstrip()
 
 
-def make_report(sites: list[Site], outputs: Outputs | None, backend: str | None) -> Report:
-    """Return the report of a program's sites, and of the gradient that enters it."""
+def make_report(
+    sites: list[Site], outputs: Outputs | None, backend: str | None, weights: Sequence[WeightRow] = ()
+) -> Report:
+    """Return the report of a program's sites, of the gradient that enters it, and of its sparse weights."""
     sparse = tuple(_sparse_row(site, backend) for site in sites if site.sparsifier is not None)
     dense = tuple(
         DenseRow(name=site.name, contraction=_shapes(site), reason=site.reason)
         for site in sites
-        if site.sparsifier is None
+        if site.sparsifier is None and not isinstance(site.operation, SparseDot)
     )
     work = {site.name: site.repeats * site.dims.rows * site.dims.m * site.dims.n for site in sites}
     saved = sum(row.saved * work[row.name] for row in sparse) / max(1, sum(work.values()))
-    return Report(entering=_entering(outputs, sparse), sparse=sparse, dense=dense, saved=saved)
+    return Report(entering=_entering(outputs, sparse), sparse=sparse, dense=dense, saved=saved, weights=tuple(weights))
 
 
 def _entering(outputs: Outputs | None, sparse: tuple[SparseRow, ...]) -> str:
@@ -199,6 +209,8 @@ def _skips(p: Format, backend: str | None) -> bool:
 
 
 def _warning(site: Site, p: Format, paths: list[Path], backend: str | None) -> str:
+    if isinstance(site.operation, SparseDot):
+        return "its weight is sparse, and its products are those of the entries, whatever is kept of the gradient."
     layer = _layer(site, p)
     # A part that keeps everything is dense on purpose.
     whole = [q for q, path in zip(p.parts, paths, strict=True) if path is Path.DENSE and q.kept_share() != 1]
@@ -290,6 +302,16 @@ def _sparse_table(report: Report) -> Table:
         saved = f"by {row.skips}" if row.skips else f"{row.saved:.1%}"
         cells = (row.keeps, group, str(row.instances), row.backend, saved)
         table.add_row(row.name, row.contraction, row.sparsifier, *cells)
+    return table
+
+
+def _weights_table(rows: tuple[WeightRow, ...]) -> Table:
+    table = Table(title="Sparse weights, forward and backward", title_justify="left")
+    for heading in ("weight", "shape", "entries", "density", "products", "backend"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        shape = "x".join(map(str, row.shape))
+        table.add_row(row.name, shape, str(row.entries), f"{row.density:.1%}", str(row.products), row.backend)
     return table
 
 

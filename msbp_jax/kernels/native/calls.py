@@ -62,15 +62,25 @@ def check(*arrays: jax.Array) -> None:
     Raises:
       NotImplementedError: Another platform, or a dtype other than float32 and bfloat16.
     """
+    check_dtypes(*(array.dtype for array in arrays))
+    for array in arrays:
+        if _compat.is_symbolic(*array.shape):
+            raise NotImplementedError(f"the native kernels take arrays of known sizes, got {array.shape}")
+
+
+def check_dtypes(*dtypes: Any) -> None:
+    """Decline another platform, or dtypes that the kernels have not.
+
+    Raises:
+      NotImplementedError: Another platform, or a dtype other than float32 and bfloat16.
+    """
     if not available():
         raise NotImplementedError("the native kernels were not built when msbp_jax was installed")
     if (here := target.platform()) != "cpu":
         raise NotImplementedError(f"the native kernels run on CPU, and the program is for {here}")
-    for array in arrays:
-        if array.dtype not in DTYPES:
-            raise NotImplementedError(f"the native kernels take float32 and bfloat16, got {array.dtype}")
-        if _compat.is_symbolic(*array.shape):
-            raise NotImplementedError(f"the native kernels take arrays of known sizes, got {array.shape}")
+    for dtype in dtypes:
+        if jnp.dtype(dtype) not in DTYPES:
+            raise NotImplementedError(f"the native kernels take float32 and bfloat16, got {dtype}")
 
 
 def check_entries(entries: int) -> None:

@@ -51,6 +51,8 @@ SPLITS = {
     "native row_moments": Split("{rows} n -> {rows} c"),
     "native entries grad_input": Split("{rows} n, s, a b -> {rows} m"),
     "native entries grad_weight": Split("{rows} n, s, {rows} m -> a b"),
+    "native weight_times": Split("a, b, c, d, {rows} m -> {rows} n"),
+    "native weight_gradient": Split("{rows} m, {rows} n, a, b -> c"),
     "native rows grad_weight": Split("{rows} n, {rows}, {rows} m -> a b"),
 }
 

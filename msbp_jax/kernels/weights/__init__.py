@@ -1,0 +1,94 @@
+"""Products with a sparse weight: `y = x w`, `dx = g wᵀ`, and dw at the entries of the pattern.
+
+| backend | |
+|---|---|
+| native | lists of entries, on a CPU: only they are multiplied |
+| xla | the dense weight, made first; dw is a dense product of which the entries are taken |
+
+The native one is taken below `PAYS_BELOW`; above, and wherever it declines, the dense products run.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import jax
+from jaxtyping import Array, Float
+
+from msbp_jax.kernels.native import calls
+from msbp_jax.kernels.weights import native, xla
+from msbp_jax.weights import Pattern
+
+# Share of the entries below which lists are faster than a dense product; measured by `python -m benchmarks weights`.
+PAYS_BELOW: Final = 0.25
+
+
+def times(
+    x: Float[Array, "rows inner"],
+    values: Float[Array, " entries"],
+    pattern: Pattern,
+    turned: bool,
+    *,
+    precision: Any = None,
+    backend: str | None = None,
+) -> Float[Array, "rows outer"]:
+    """Return `x w`, or `x wᵀ` where `turned`, float32 or float64.
+
+    Args:
+      x: `[rows, m]`, or `[rows, n]` where `turned`.
+      values: Of the weight's entries.
+      pattern: Where they stand; of one layer.
+      turned: Whether the features are contracted.
+      precision: As in `lax.dot_general`; native sums are float32 throughout.
+      backend: "native" or "xla"; None to choose.
+
+    Raises:
+      NotImplementedError: The backend that is named cannot.
+    """
+    if _chosen(backend, pattern, values, x) == "native":
+        return native.times(x, values, pattern, turned)
+    return xla.times(x, values, pattern, turned, precision)
+
+
+def gradient(
+    x: Float[Array, "rows m"],
+    g: Float[Array, "rows n"],
+    pattern: Pattern,
+    *,
+    precision: Any = None,
+    backend: str | None = None,
+) -> Float[Array, " entries"]:
+    """Return the entries of `xᵀ g` at a pattern, 0 for its padding, float32 or float64.
+
+    Args:
+      x: `[rows, m]`.
+      g: `[rows, n]`.
+      pattern: Which entries; of one layer.
+      precision: As in `lax.dot_general`; native sums are float32 throughout.
+      backend: "native" or "xla"; None to choose.
+
+    Raises:
+      NotImplementedError: The backend that is named cannot.
+    """
+    if _chosen(backend, pattern, x, g) == "native":
+        return native.gradient(x, g, pattern)
+    return xla.gradient(x, g, pattern, precision)
+
+
+def chosen(pattern: Pattern, *dtypes: Any) -> str:
+    """Return the backend that runs products of operands of these dtypes here."""
+    if pattern.density >= PAYS_BELOW:
+        return "xla"
+    try:
+        calls.check_dtypes(*dtypes)
+    except NotImplementedError:
+        return "xla"
+    return "native"
+
+
+def _chosen(backend: str | None, pattern: Pattern, first: jax.Array, second: jax.Array) -> str:
+    if 0 in (*first.shape, *second.shape):
+        return "xla"
+    if backend == "native":
+        calls.check(first, second)
+    return backend or chosen(pattern, first.dtype, second.dtype)

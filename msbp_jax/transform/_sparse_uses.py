@@ -1,0 +1,160 @@
+"""Where a program multiplies its sparse weights, and where it sees them dense: one walk, as the evaluation goes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from msbp_jax import _compat
+from msbp_jax.kernels import weights as kernels
+from msbp_jax.rules import SparseDot
+from msbp_jax.transform._discover import Place
+from msbp_jax.transform._sparse_operands import passed_on, prepared_flags, sparse_product
+from msbp_jax.weights import SparseWeight
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Use:
+    """A use of a sparse weight.
+
+    Attributes:
+      leaf: Number of its parameter.
+      place: Where in the program.
+      operation: The sparse product; None where the weight is dense.
+      primitive: Of the equation.
+    """
+
+    leaf: int
+    place: Place
+    operation: SparseDot | None
+    primitive: str
+
+
+def find_uses(jaxpr: _compat.ClosedJaxpr, weights: dict[int, SparseWeight]) -> list[Use]:
+    """Return the uses of sparse weights in the order in which they stand in a program.
+
+    Args:
+      jaxpr: The program.
+      weights: By the number of the argument; shapes are enough.
+    """
+    found: list[Use] = []
+
+    def walked(*flat: Any) -> None:
+        given = jax.tree.unflatten(structure, flat)
+        arguments = [_Known(number, given[number]) if number in given else None for number in range(len(variables))]
+        _walk(jaxpr, arguments, (), found)
+
+    variables = jaxpr.jaxpr.invars
+    leaves, structure = jax.tree.flatten(weights)
+    jax.eval_shape(walked, *(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves))
+    return found
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Known:
+    leaf: int
+    weight: SparseWeight
+
+
+def _walk(jaxpr: Any, arguments: Sequence[_Known | None], place: Place, found: list[Use]) -> list[_Known | None]:
+    env: dict[Any, _Known] = {}
+    inner = jaxpr.jaxpr
+    env.update({v: known for v, known in zip(inner.invars, arguments, strict=True) if known is not None})
+    read = lambda atom: None if isinstance(atom, _compat.Literal) else env.get(atom)
+    for number, eqn in enumerate(inner.eqns):
+        known = [read(atom) for atom in eqn.invars]
+        if not any(known):
+            continue
+        inputs = [k.weight if k else _compat.shape_of(atom) for k, atom in zip(known, eqn.invars, strict=True)]
+        if known[0] is not None and (passed := passed_on(eqn, inputs)) is not None:
+            env[eqn.outvars[0]] = _Known(known[0].leaf, passed)
+            continue
+        here = (*place, number)
+        takes = prepared_flags(eqn, inputs)
+        for k, take in zip(known, takes, strict=True):
+            if k is not None and not take:
+                found.append(Use(k.leaf, here, None, eqn.primitive.name))
+        taken = [k if take else None for k, take in zip(known, takes, strict=True)]
+        if not any(taken):
+            continue
+        if eqn.primitive.name == "dot_general":
+            product = sparse_product(eqn, inputs)
+            assert product is not None
+            leaf = next(k.leaf for k in taken if k is not None)
+            found.append(Use(leaf, here, product[0], eqn.primitive.name))
+            continue
+        results = _inside(eqn, taken, here, found)
+        env.update({v: k for v, k in zip(eqn.outvars, results, strict=True) if k is not None})
+    return [read(atom) for atom in inner.outvars]
+
+
+def _inside(eqn: Any, arguments: list[_Known | None], place: Place, found: list[Use]) -> list[_Known | None]:
+    """Walk the bodies of an equation; what leaves a loop or a branch is dense."""
+    nothing: list[_Known | None] = [None] * len(eqn.outvars)
+    if eqn.primitive is _compat.cond_p:
+        for number, branch in enumerate(eqn.params["branches"]):
+            _walk(_compat.closed(branch), arguments[1:], (*place, number), found)
+        return nothing
+    body = _compat.closed(eqn.params["call_jaxpr"] if "call_jaxpr" in eqn.params else eqn.params["jaxpr"])
+    if eqn.primitive is _compat.scan_p:
+        consts, carries = _compat.scan_arity(eqn.params)
+        sliced = [
+            _Known(k.leaf, jax.tree.map(lambda leaf: leaf[0], k.weight)) if k and number >= consts + carries else k
+            for number, k in enumerate(arguments)
+        ]
+        _walk(body, sliced, place, found)
+        return nothing
+    return _walk(body, arguments, place, found)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class WeightRow:
+    """A sparse weight in a report.
+
+    Attributes:
+      name: Path of its parameter.
+      shape: Of the dense weight.
+      entries: Of each layer, padding included.
+      density: Share of the entries that are there.
+      products: How many products with it are sparse, in forward and backward.
+      backend: What runs them.
+      warning: Where it is dense, and why ("" if nowhere).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    entries: int
+    density: float
+    products: int
+    backend: str
+    warning: str
+
+
+def describe(name: str, weight: SparseWeight, uses: Sequence[Use]) -> WeightRow:
+    """Return what becomes of a sparse weight.
+
+    Args:
+      name: Path of its parameter.
+      weight: The weight; shapes are enough.
+      uses: Its uses.
+    """
+    pattern = weight.pattern
+    backend = kernels.chosen(pattern, weight.dtype)
+    dense = list(dict.fromkeys(use.primitive for use in uses if use.operation is None))
+    said = [f"{' and '.join(dense)} sees the dense weight"] if dense else []
+    if backend == "xla":
+        above = pattern.density >= kernels.PAYS_BELOW
+        why = f"at densities from {kernels.PAYS_BELOW:.0%} on that is faster" if above else "there are no kernels here"
+        said.append(f"its products are those of the dense weight, made anew each time: {why}")
+    return WeightRow(
+        name=name,
+        shape=weight.shape,
+        entries=pattern.entries,
+        density=pattern.density,
+        products=sum(use.operation is not None for use in uses),
+        backend="native" if backend == "native" else "xla, dense",
+        warning="; ".join(said),
+    )

@@ -1,0 +1,165 @@
+"""`sparse_weights`: a model that computes with variables whose weights are sparse, as `prune` makes them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from msbp_jax.sparsifiers import dense
+from msbp_jax.sparsifiers._base import State
+from msbp_jax.transform._function import SparseFunction
+from msbp_jax.transform._linen import SparseModule, is_linen
+from msbp_jax.transform._nnx import SparseNNXModule, is_nnx
+from msbp_jax.transform._plan import make_plan
+from msbp_jax.transform._report import Report
+from msbp_jax.weights import with_patterns
+
+SPARSITY = "sparsity"
+
+
+def sparse_weights(target: Any) -> Any:
+    """Return a model that computes with sparse weights: forward and backward of their entries alone.
+
+        y = x w,   dx = g wᵀ,   dw = (xᵀ g) at the entries of w
+
+    The model is traced with dense weights. Wherever one that is sparse is multiplied, by all of its inputs or by all
+    of its features, the product is a sparse one. Any other use sees the dense weight; its gradient is that of the
+    entries all the same.
+
+    Args:
+      target: A Flax Linen module, a function `f(params, *args)`, or what `sparse_vjp` made of one: then the gradient
+        that enters a sparse product is chosen from as the plan says. The order is
+        `sparse_weights(sparse_vjp(model, plan))`.
+
+    Returns:
+      For a Linen module, an object whose `apply` takes `{"params": .., "sparsity": .., ...}`, and whose `init` is the
+      module's. For a function, `f(params, sparsity, *args)`. Both have `report`, and `init_memory` where the model is
+      of `sparse_vjp`.
+
+    Raises:
+      TypeError: `target` is none of these.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, msbp_jax as msbp
+      >>> x = jnp.ones((2, 8))
+      >>> variables = msbp.prune(nn.Dense(4).init(jax.random.key(0), x), density=0.25)
+      >>> variables["params"]["kernel"].shape
+      (8,)
+      >>> msbp.sparse_weights(nn.Dense(4)).apply(variables, x).shape
+      (2, 4)
+
+    References:
+      Nikdan et al., SparseProp: efficient sparse backpropagation for faster training of neural networks, 2023 (arXiv
+      2302.04852).
+    """
+    if isinstance(target, SparseWeightsModule | SparseWeightsFunction):
+        raise TypeError("sparse_weights was given a model of its own: one wrapping is enough.")
+    if isinstance(target, SparseModule):
+        return SparseWeightsModule(target)
+    if isinstance(target, SparseFunction):
+        return SparseWeightsFunction(target)
+    if is_nnx(target) or isinstance(target, SparseNNXModule):
+        raise TypeError("sparse_weights takes Linen modules and functions; NNX modules are not served yet.")
+    if isinstance(target, type) or not callable(target):
+        raise TypeError(f"sparse_weights takes a Linen module or a function f(params, *args), got {target!r}.")
+    plan = make_plan(dense(), 1)
+    if is_linen(target):
+        return SparseWeightsModule(SparseModule(target, plan, None))
+    return SparseWeightsFunction(SparseFunction(target, plan, None))
+
+
+class SparseWeightsModule:
+    """A Linen module that computes with sparse weights; made by `sparse_weights`.
+
+    Attributes:
+      model: What was wrapped, as a module with a sparse backward.
+    """
+
+    def __init__(self, model: SparseModule) -> None:
+        self.model = model
+
+    @property
+    def module(self) -> nn.Module:
+        """The plain module."""
+        return self.model.module
+
+    def init(self, *args: Any, **kwargs: Any) -> Any:
+        """Return exactly what the plain module's `init` returns: dense variables, to be pruned."""
+        return self.model.init(*args, **kwargs)
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return what the module's `apply` returns with the dense weights that the sparse ones stand for.
+
+        Args:
+          variables: With "params" and "sparsity", as `msbp.prune` returns them; others as the module has them.
+          *args: Arguments of the module.
+          **kwargs: Further arguments, as the wrapped model's `apply` takes them, `memory` among them.
+
+        Raises:
+          ValueError: There is no "sparsity", or it is of other parameters.
+        """
+        return self.model.apply(_merged(variables), *args, **kwargs)
+
+    def init_memory(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, State]:
+        """Return the memory at the start, of a model of `sparse_vjp`; takes what `apply` takes."""
+        return self.model.init_memory(_merged(variables), *args, **kwargs)
+
+    def report(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Report:
+        """Return what is sparse and what stays dense, and why; takes what `apply` takes."""
+        return self.model.report(_merged(variables), *args, **kwargs)
+
+    def __repr__(self) -> str:
+        """Return what was wrapped."""
+        return f"sparse_weights({self.model!r})"
+
+
+class SparseWeightsFunction:
+    """A function that computes with sparse weights; made by `sparse_weights`.
+
+    Attributes:
+      function: What was wrapped, as a function with a sparse backward.
+    """
+
+    def __init__(self, function: SparseFunction) -> None:
+        functools.update_wrapper(self, function.function, updated=())
+        self.function = function
+
+    def __call__(self, params: Any, sparsity: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return `f(params, *args)` with the dense weights that the sparse ones stand for.
+
+        Args:
+          params: Parameters, as `msbp.prune` returns them.
+          sparsity: Their patterns.
+          *args: As the function takes them.
+          **kwargs: As the function takes them; `memory` for one of `sparse_vjp`.
+
+        Raises:
+          ValueError: The patterns are of other parameters.
+        """
+        return self.function(with_patterns(params, sparsity), *args, **kwargs)
+
+    def init_memory(self, params: Any, sparsity: Any, *args: Any, **kwargs: Any) -> dict[str, State]:
+        """Return the memory at the start, of a function of `sparse_vjp`; takes what a call takes."""
+        return self.function.init_memory(with_patterns(params, sparsity), *args, **kwargs)
+
+    def report(self, params: Any, sparsity: Any, *args: Any, **kwargs: Any) -> Report:
+        """Return what is sparse and what stays dense, and why; takes what a call takes."""
+        return self.function.report(with_patterns(params, sparsity), *args, **kwargs)
+
+    def __repr__(self) -> str:
+        """Return what was wrapped."""
+        return f"sparse_weights({self.function!r})"
+
+
+def _merged(variables: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(variables, Mapping) or "params" not in variables or SPARSITY not in variables:
+        got = sorted(variables) if isinstance(variables, Mapping) else type(variables).__name__
+        raise ValueError(
+            f'sparse_weights computes with variables that have "params" and "{SPARSITY}", as msbp.prune returns them; '
+            f"got {got}. The plain module computes with dense ones."
+        )
+    rest = {name: tree for name, tree in variables.items() if name != SPARSITY}
+    return {**rest, "params": with_patterns(variables["params"], variables[SPARSITY])}
