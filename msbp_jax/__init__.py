@@ -52,6 +52,8 @@ from msbp_jax.transform import SparseNNXModule as SparseNNXModule
 from msbp_jax.transform import SparseRow as SparseRow
 from msbp_jax.transform import SparseWeightsFunction as SparseWeightsFunction
 from msbp_jax.transform import SparseWeightsModule as SparseWeightsModule
+from msbp_jax.transform import SparseWeightsNNXModule as SparseWeightsNNXModule
+from msbp_jax.transform import Sparsity as Sparsity
 from msbp_jax.transform import sparse_vjp as sparse_vjp
 from msbp_jax.transform import sparse_weights as sparse_weights
 from msbp_jax.weights import Pattern as Pattern

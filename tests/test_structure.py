@@ -35,6 +35,7 @@ STAGES = [
 FLAX = {
     "weights/_pattern.py",
     "transform/sparse_weights.py",
+    "transform/_sparse_nnx.py",
     "transform/_linen.py",
     "transform/_nnx.py",
     "training/_train_state.py",

@@ -77,7 +77,7 @@ class SparseNNXModule(nnx.Module):
         return self._run("__call__", *args, **kwargs)
 
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        if self.memory is None and self._plan.has_state:
+        if self.memory is None and self._plan.has_state and self._is_plain:
             self._check_not_differentiated((nnx.state(self.module), args, kwargs))
             return getattr(self.module, method)(*args, **kwargs)
         call = _Call(self.module, args, kwargs, method)
@@ -85,7 +85,9 @@ class SparseNNXModule(nnx.Module):
         memory = {name: self._marked(name, variable, (args, kwargs)) for name, variable in variables.items()}
         with nnx.update_context(_TAG):
             params, rest, arrays = call.split()
-            result = self._function(call)(params, rest, *arrays, memory=None if self.memory is None else memory)
+            result = self._function(call)(
+                self._given(params), rest, *arrays, memory=None if self.memory is None else memory
+            )
             return call.merged(result)
 
     def __getattr__(self, name: str) -> Any:
@@ -120,7 +122,7 @@ class SparseNNXModule(nnx.Module):
         call = _Call(self.module, args, kwargs, method)
         with nnx.update_context(_TAG), self._explained(args):
             params, rest, arrays = call.split()
-            memory = self._function(call).init_memory(params, rest, *arrays)
+            memory = self._function(call).init_memory(self._given(params), rest, *arrays)
         self.memory = nnx.data({name: Memory(state) for name, state in memory.items()})
         return memory
 
@@ -138,7 +140,16 @@ class SparseNNXModule(nnx.Module):
         call = _Call(self.module, args, kwargs, method)
         with nnx.update_context(_TAG), self._explained(args):
             params, rest, arrays = call.split()
-            return self._function(call).report(params, rest, *arrays)
+            return self._function(call).report(self._given(params), rest, *arrays)
+
+    def _given(self, params: Any) -> Any:
+        """Return the parameters that the module is called with."""
+        return params
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether without a memory it is the plain module."""
+        return True
 
     @contextlib.contextmanager
     def _explained(self, args: tuple[Any, ...]) -> Iterator[None]:

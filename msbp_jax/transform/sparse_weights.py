@@ -15,6 +15,7 @@ from msbp_jax.transform._linen import SparseModule, is_linen
 from msbp_jax.transform._nnx import SparseNNXModule, is_nnx
 from msbp_jax.transform._plan import make_plan
 from msbp_jax.transform._report import Report
+from msbp_jax.transform._sparse_nnx import SparseWeightsNNXModule
 from msbp_jax.weights import with_patterns
 
 SPARSITY = "sparsity"
@@ -30,17 +31,19 @@ def sparse_weights(target: Any) -> Any:
     entries all the same.
 
     Args:
-      target: A Flax Linen module, a function `f(params, *args)`, or what `sparse_vjp` made of one: then the gradient
-        that enters a sparse product is chosen from as the plan says. The order is
+      target: A Flax Linen or NNX module, a function `f(params, *args)`, or what `sparse_vjp` made of one: then the
+        gradient that enters a sparse product is chosen from as the plan says. The order is
         `sparse_weights(sparse_vjp(model, plan))`.
 
     Returns:
       For a Linen module, an object whose `apply` takes `{"params": .., "sparsity": .., ...}`, and whose `init` is the
       module's. For a function, `f(params, sparsity, *args)`. Both have `report`, and `init_memory` where the model is
-      of `sparse_vjp`.
+      of `sparse_vjp`. For an NNX module, a module that is called as before, with `prune` and `densify`, which work in
+      place, and with the patterns in `msbp.Sparsity` Variables.
 
     Raises:
       TypeError: `target` is none of these.
+      ValueError: An NNX module of `sparse_vjp` that has a memory already.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, msbp_jax as msbp
@@ -55,17 +58,23 @@ def sparse_weights(target: Any) -> Any:
       Nikdan et al., SparseProp: efficient sparse backpropagation for faster training of neural networks, 2023 (arXiv
       2302.04852).
     """
-    if isinstance(target, SparseWeightsModule | SparseWeightsFunction):
+    if isinstance(target, SparseWeightsModule | SparseWeightsFunction | SparseWeightsNNXModule):
         raise TypeError("sparse_weights was given a model of its own: one wrapping is enough.")
     if isinstance(target, SparseModule):
         return SparseWeightsModule(target)
     if isinstance(target, SparseFunction):
         return SparseWeightsFunction(target)
-    if is_nnx(target) or isinstance(target, SparseNNXModule):
-        raise TypeError("sparse_weights takes Linen modules and functions; NNX modules are not served yet.")
     if isinstance(target, type) or not callable(target):
-        raise TypeError(f"sparse_weights takes a Linen module or a function f(params, *args), got {target!r}.")
+        raise TypeError(f"sparse_weights takes a Flax module or a function f(params, *args), got {target!r}.")
     plan = make_plan(dense(), 1)
+    if isinstance(target, SparseNNXModule):
+        if target.memory is not None:
+            raise ValueError(
+                "The model has a memory already. Call init_memory after sparse_weights, and on its result."
+            )
+        return SparseWeightsNNXModule(target.module, target._plan, target._backend)
+    if is_nnx(target):
+        return SparseWeightsNNXModule(target, plan, None)
     if is_linen(target):
         return SparseWeightsModule(SparseModule(target, plan, None))
     return SparseWeightsFunction(SparseFunction(target, plan, None))

@@ -341,9 +341,9 @@ def test_what_is_refused():
         model.apply({"params": sparse["params"]}, x)
     with pytest.raises(TypeError, match="one wrapping is enough"):
         msbp.sparse_weights(model)
-    with pytest.raises(TypeError, match="takes a Linen module or a function"):
+    with pytest.raises(TypeError, match="takes a Flax module or a function"):
         msbp.sparse_weights(MLP)
-    with pytest.raises(TypeError, match="takes a Linen module or a function"):
+    with pytest.raises(TypeError, match="takes a Flax module or a function"):
         msbp.sparse_weights(3)
     other = msbp.prune(nn.Dense(5).init(KEY, x), density=0.1)
     with pytest.raises(ValueError, match="There are patterns of kernel"):
