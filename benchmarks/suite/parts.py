@@ -13,6 +13,7 @@ from benchmarks.suite import (
     selection,
     step_memory,
     steps,
+    weights,
 )
 from benchmarks.suite.context import Part
 
@@ -49,6 +50,8 @@ PARTS = {
         "steps that skip rows of zeros, of batches with many of them and with none", 21, rows.measure_steps
     ),
     "entries": Part("dithering, and dx and dw of the entries that are left, over shares of zeros", 21, entries.measure),
+    "weights": Part("forward and backward of a layer with sparse weights, over densities", 11, weights.measure),
+    "weight steps": Part("steps of networks with sparse weights, over densities", 21, weights.measure_steps),
     "steps": Part(
         "whole training steps: networks, optimizers, the bound of Amdahl's law, PyTorch",
         7,

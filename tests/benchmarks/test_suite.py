@@ -19,6 +19,7 @@ GROUPS = [
     ["select", "gradients", "memory"],
     ["steps", "transformer"],
     ["rows", "padding", "entries"],
+    ["weights", "weight steps"],
     ["compile", "conv"],
 ]
 

@@ -33,6 +33,7 @@ def load(path):
 
 def test_there_are_examples():
     small = {"quickstart", "nnx_quickstart", "plain_jax", "equinox_mlp", "haiku_mlp", "plan", "custom_sparsifier"}
+    small |= {"prune_and_finetune"}
     assert {path.stem for path in EXAMPLES} == small | set(ON_DATA)
     assert all(len(path.read_text().splitlines()) < 150 for path in EXAMPLES)
 

@@ -75,6 +75,11 @@ def gradient(
     return xla.gradient(x, g, pattern, precision)
 
 
+def native_is_available() -> bool:
+    """Whether the native kernels were built."""
+    return calls.available()
+
+
 def chosen(pattern: Pattern, *dtypes: Any) -> str:
     """Return the backend that runs products of operands of these dtypes here."""
     if pattern.density >= PAYS_BELOW:
