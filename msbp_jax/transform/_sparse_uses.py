@@ -25,12 +25,14 @@ class Use:
       place: Where in the program.
       operation: The sparse product; None where the weight is dense.
       primitive: Of the equation.
+      rows: Of the input of a product.
     """
 
     leaf: int
     place: Place
     operation: SparseDot | None
     primitive: str
+    rows: int = 0
 
 
 def find_uses(jaxpr: _compat.ClosedJaxpr, weights: dict[int, SparseWeight]) -> list[Use]:
@@ -84,7 +86,9 @@ def _walk(jaxpr: Any, arguments: Sequence[_Known | None], place: Place, found: l
             product = sparse_product(eqn, inputs)
             assert product is not None
             leaf = next(k.leaf for k in taken if k is not None)
-            found.append(Use(leaf, here, product[0], eqn.primitive.name))
+            lhs, rhs, out = (_compat.shape_of(atom).shape for atom in (*eqn.invars, *eqn.outvars))
+            rows = product[0].dims(lhs, rhs, out).rows
+            found.append(Use(leaf, here, product[0], eqn.primitive.name, rows))
             continue
         results = _inside(eqn, taken, here, found)
         env.update({v: k for v, k in zip(eqn.outvars, results, strict=True) if k is not None})
@@ -146,9 +150,15 @@ def describe(name: str, weight: SparseWeight, uses: Sequence[Use]) -> WeightRow:
     dense = list(dict.fromkeys(use.primitive for use in uses if use.operation is None))
     said = [f"{' and '.join(dense)} sees the dense weight"] if dense else []
     if backend == "xla":
-        above = pattern.density >= kernels.PAYS_BELOW
-        why = f"at densities from {kernels.PAYS_BELOW:.0%} on that is faster" if above else "there are no kernels here"
-        said.append(f"its products are those of the dense weight, made anew each time: {why}")
+        above = pattern.density >= kernels.LISTS_BELOW
+        why = f"at densities from {kernels.LISTS_BELOW:.0%} on that is faster" if above else "there are no kernels here"
+        said.append(f"its products are slower than dense ones, on the dense weight, made anew each time: {why}")
+    rows = [use.rows for use in uses if use.operation is not None]
+    if backend == "native" and rows and pattern.density > (most := max(map(kernels.break_even, rows))):
+        said.append(
+            f"its products are probably slower than with a dense weight, as they are above {most:.0%} of the entries "
+            f"for {max(rows)} rows: leave it dense"
+        )
     return WeightRow(
         name=name,
         shape=weight.shape,

@@ -5,7 +5,7 @@
 | native | lists of entries, on a CPU: only they are multiplied |
 | xla | the dense weight, made first; dw is a dense product of which the entries are taken |
 
-The native one is taken below `PAYS_BELOW`; above, and wherever it declines, the dense products run.
+The native one is taken below `LISTS_BELOW`; above, and wherever it declines, the dense products run.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from msbp_jax.kernels.native import calls
 from msbp_jax.kernels.weights import native, xla
 from msbp_jax.weights import Pattern
 
-# Share of the entries below which lists are faster than a dense product; measured by `python -m benchmarks weights`.
-PAYS_BELOW: Final = 0.25
+# Share of the entries below which lists are faster than dense products of a weight that must be made first: at a half
+# of the entries they are, for all shapes of `python -m benchmarks weights`.
+LISTS_BELOW: Final = 0.7
+# Up to which share of the entries lists are faster than products with a weight that is dense, by rows of the input.
+_BREAK_EVEN: Final = ((256, 0.33), (64, 0.25), (0, 0.12))
 
 
 def times(
@@ -75,6 +78,11 @@ def gradient(
     return xla.gradient(x, g, pattern, precision)
 
 
+def break_even(rows: int) -> float:
+    """Return the share of the entries up to which a sparse weight is faster than a dense one, for so many rows."""
+    return next(share for least, share in _BREAK_EVEN if rows >= least)
+
+
 def native_is_available() -> bool:
     """Whether the native kernels were built."""
     return calls.available()
@@ -82,7 +90,7 @@ def native_is_available() -> bool:
 
 def chosen(pattern: Pattern, *dtypes: Any) -> str:
     """Return the backend that runs products of operands of these dtypes here."""
-    if pattern.density >= PAYS_BELOW:
+    if pattern.density >= LISTS_BELOW:
         return "xla"
     try:
         calls.check_dtypes(*dtypes)
