@@ -10,10 +10,16 @@ import argparse
 import json
 import pathlib
 
-from studies import accuracy, language_model, repeated_sites, rows
+from studies import accuracy, language_model, repeated_sites, rows, sparse_weights
 
 # Each has `add_arguments(parser)`, and `run(args)`, which yields its result so far, again and again.
-STUDIES = {"accuracy": accuracy, "language_model": language_model, "repeated_sites": repeated_sites, "rows": rows}
+STUDIES = {
+    "accuracy": accuracy,
+    "language_model": language_model,
+    "repeated_sites": repeated_sites,
+    "rows": rows,
+    "sparse_weights": sparse_weights,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -35,6 +35,24 @@ def test_language_model(tmp_path):
     assert all(found["loss"] > 0 and 0 <= found["accuracy, %"] <= 100 for found in result["methods"].values())
 
 
+def test_sparse_weights(tmp_path):
+    out = tmp_path / "out.json"
+    command.main(["sparse_weights", "--out", str(out), "--epochs", "2", "--width", "64", "--densities", "0.2"])
+    runs = json.loads(out.read_text())["runs"]
+    told = [(run["part"], run.get("stage", ""), run["network"]) for run in runs]
+    both = ["dense", "density 0.2"]
+    assert told == [
+        *(("scratch", "", name) for name in both),
+        *(("nerva", "", name) for name in both),
+        ("transfer", "before", "dense"),
+        *(("transfer", "after", name) for name in both),
+    ]
+    for run in runs:
+        assert len(run["accuracy"]) == len(run["seconds"]) == 2
+        assert run["accuracy"][-1] > 15
+        assert (run["bytes"]["patterns"] > 0) == (run["network"] != "dense")
+
+
 def test_repeated_sites(tmp_path, monkeypatch):
     monkeypatch.setattr(repeated_sites, "accuracy", lambda f, data, hidden, count, seed: float(hidden + count + seed))
     out = tmp_path / "out.json"
