@@ -165,6 +165,6 @@ def describe(name: str, weight: SparseWeight, uses: Sequence[Use]) -> WeightRow:
         entries=pattern.entries,
         density=pattern.density,
         products=sum(use.operation is not None for use in uses),
-        backend="native" if backend == "native" else "xla, dense",
+        backend={"native": "native", "tiles": "xla, tiles"}.get(backend, "xla, dense"),
         warning="; ".join(said),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from msbp_jax.carriers import OVERWRITE_WITH_GRADIENT
 from msbp_jax.sparsifiers import dense
 from msbp_jax.sparsifiers._base import State
 from msbp_jax.transform._function import SparseFunction
@@ -116,6 +117,11 @@ class SparseWeightsModule:
         """Return the memory at the start, of a model of `sparse_vjp`; takes what `apply` takes."""
         return self.model.init_memory(_merged(variables), *args, **kwargs)
 
+    def with_memory(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return parameters and a memory at its start as one pytree, as the wrapped model does; patterns stay apart."""
+        found = self.model.with_memory(_merged(variables), *args, **kwargs)
+        return {**found, "params": variables["params"]}
+
     def report(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Report:
         """Return what is sparse and what stays dense, and why; takes what `apply` takes."""
         return self.model.report(_merged(variables), *args, **kwargs)
@@ -170,5 +176,8 @@ def _merged(variables: Mapping[str, Any]) -> dict[str, Any]:
             f'sparse_weights computes with variables that have "params" and "{SPARSITY}", as msbp.prune returns them; '
             f"got {got}. The plain module computes with dense ones."
         )
+    params = variables["params"]
+    if isinstance(params, Mapping) and OVERWRITE_WITH_GRADIENT in params:  # what `with_memory` returned
+        variables = {**variables, **params}
     rest = {name: tree for name, tree in variables.items() if name != SPARSITY}
     return {**rest, "params": with_patterns(variables["params"], variables[SPARSITY])}

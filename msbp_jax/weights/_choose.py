@@ -41,6 +41,29 @@ def counts(shapes: Mapping[str, tuple[int, int, int]], density: float, scope: st
     return {name: size if name in full else round(factor * share[name] * size) for name, size in sizes.items()}
 
 
+def in_blocks(weights: Weights, block: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Return the norm of each block of each weight, `[layers, m / height, n / width]`.
+
+    Raises:
+      ValueError: A weight cannot be cut into such blocks.
+    """
+    found = {}
+    for name, weight in weights.items():
+        layers, m, n = weight.shape
+        if m % block[0] or n % block[1]:
+            raise ValueError(
+                f"{name}, {m} x {n}, cannot be cut into blocks of {block[0]} x {block[1]}. Leave it out by include=."
+            )
+        cut = weight.reshape(layers, m // block[0], block[0], n // block[1], block[1])
+        found[name] = np.sqrt(np.square(cut).sum(axis=(2, 4)))
+    return found
+
+
+def of_blocks(masks: Mapping[str, np.ndarray], block: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Return masks of entries, from those of blocks."""
+    return {name: mask.repeat(block[0], axis=1).repeat(block[1], axis=2) for name, mask in masks.items()}
+
+
 def largest(weights: Weights, kept: Mapping[str, int]) -> dict[str, np.ndarray]:
     """Return masks of the entries with the largest magnitudes in each layer, ties to the first."""
     return {name: _best(np.abs(weight), kept[name]) for name, weight in weights.items()}

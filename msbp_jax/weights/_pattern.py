@@ -26,6 +26,7 @@ class Pattern(struct.PyTreeNode):
       order: `[..., entries]`, int32: which value it is.
       shape: Of the dense weight, without the axes of stacked layers.
       input_axes: How many of its axes, from the first on, are contracted with the input.
+      block: Inputs and features of the blocks that entries come in, aligned to their sizes; None for entries anywhere.
     """
 
     starts: jax.Array
@@ -35,6 +36,7 @@ class Pattern(struct.PyTreeNode):
     order: jax.Array
     shape: tuple[int, ...] = struct.field(pytree_node=False)
     input_axes: int = struct.field(pytree_node=False, default=1)
+    block: tuple[int, int] | None = struct.field(pytree_node=False, default=None)
 
     @property
     def entries(self) -> int:
@@ -101,17 +103,18 @@ def gathered(pattern: Pattern, dense: jax.Array) -> jax.Array:
     return one(pattern.inputs, pattern.features_by_entry(), dense.reshape(*pattern.stacked, m, n))
 
 
-def pattern_of(mask: Any, *, input_axes: int = 1, stacked: int = 0) -> Pattern:
+def pattern_of(mask: Any, *, input_axes: int = 1, stacked: int = 0, block: tuple[int, int] | None = None) -> Pattern:
     """Return the pattern of a mask.
 
     Args:
       mask: True where the weight has an entry; an array that is not traced.
       input_axes: How many axes, from the first of the weight on, are contracted with the input.
       stacked: How many axes in front of those are of stacked layers.
+      block: Inputs and features of the blocks that it consists of; None for entries anywhere.
 
     Raises:
       TypeError: The mask is not boolean.
-      ValueError: It has fewer axes than a weight, or keeps nothing.
+      ValueError: It has fewer axes than a weight, or keeps nothing, or does not consist of blocks.
     """
     mask = np.asarray(mask)
     if mask.dtype != bool:
@@ -128,10 +131,23 @@ def pattern_of(mask: Any, *, input_axes: int = 1, stacked: int = 0) -> Pattern:
         raise ValueError("A mask keeps nothing of a weight; leave such a weight dense, or take it out of the model.")
     if m * n >= 2**31:
         raise ValueError(f"A sparse weight has up to 2^31 entries if it were dense, got {m} x {n}.")
+    if block is not None:
+        _check_blocks(matrices, block)
     parts = [_lists(matrix, int(counts.max())) for matrix in matrices]
     arrays = [jnp.asarray(np.stack(part).reshape(*mask.shape[:stacked], -1)) for part in zip(*parts, strict=True)]
     names = ("starts", "inputs", "input_starts", "features", "order")
-    return Pattern(**dict(zip(names, arrays, strict=True)), shape=shape, input_axes=input_axes)
+    return Pattern(**dict(zip(names, arrays, strict=True)), shape=shape, input_axes=input_axes, block=block)
+
+
+def _check_blocks(matrices: np.ndarray, block: tuple[int, int]) -> None:
+    """Raise unless masks consist of whole blocks."""
+    layers, m, n = matrices.shape
+    height, width = block
+    if m % height or n % width:
+        raise ValueError(f"A weight of {m} x {n} cannot be cut into blocks of {height} x {width}.")
+    cut = matrices.reshape(layers, m // height, height, n // width, width)
+    if (cut.any(axis=(2, 4)) != cut.all(axis=(2, 4))).any():
+        raise ValueError(f"The mask does not consist of blocks of {height} x {width}.")
 
 
 def _lists(mask: np.ndarray, entries: int) -> tuple[np.ndarray, ...]:

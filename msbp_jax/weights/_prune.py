@@ -29,6 +29,7 @@ def prune(
     include: Sequence[str] | None = None,
     input_axes: Mapping[str, int] | None = None,
     stacked: Sequence[str] = (),
+    block: tuple[int, int] | None = None,
     key: jax.Array | None = None,
 ) -> dict[str, Any]:
     """Return variables whose weights are sparse: a leaf of values each, and its pattern in a collection of its own.
@@ -51,6 +52,8 @@ def prune(
         contracted with the input, 1 if not given.
       stacked: Patterns of paths of weights whose first axis is of layers that a scan runs through. Each has a pattern
         of its own.
+      block: `(16, 16)`, for example: keep whole blocks of so many inputs and features, by their norms. On a GPU or TPU
+        these are small dense products, where entries anywhere gain nothing.
       key: Typed PRNG key of `method="random"`.
 
     Returns:
@@ -94,12 +97,14 @@ def prune(
         if not names:
             raise ValueError(f"There is no weight to prune among {', '.join(leaves)}. Name some by include=.")
         weights = {name: _as_matrices(name, leaves[name], axes[name] or 1, layers[name]) for name in names}
-        kept = _masks(weights, share, method, scope, key)
+        cut = weights if block is None else _choose.in_blocks(weights, _checked(block))
+        kept = _masks(cut, share, method, scope, key)
+        kept = kept if block is None else _choose.of_blocks(kept, block)
         kept = {name: mask.reshape(np.shape(leaves[name])) for name, mask in kept.items()}
     patterns, values = {}, dict(leaves)
     for name, mask in kept.items():
         try:
-            pattern = pattern_of(mask, input_axes=axes[name] or 1, stacked=layers[name])
+            pattern = pattern_of(mask, input_axes=axes[name] or 1, stacked=layers[name], block=block)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         patterns[name] = pattern
@@ -139,6 +144,12 @@ def densify(variables: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, "params": dense}
 
 
+def _checked(block: Any) -> tuple[int, int]:
+    if not isinstance(block, tuple) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+        raise ValueError(f"block must be (inputs, features), two positive whole numbers, or None, got {block!r}.")
+    return block
+
+
 def _masks(
     weights: dict[str, np.ndarray], density: float, method: str, scope: str, key: jax.Array | None
 ) -> dict[str, np.ndarray]:
@@ -169,6 +180,8 @@ def _as_matrices(name: str, leaf: Any, axes: int, layers: int) -> np.ndarray:
     """Return a weight as `[layers, m, n]`, float32."""
     if isinstance(leaf, _compat.Tracer):
         raise TypeError(f"{name} is traced: which entries are kept is decided outside of jit.")
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise TypeError(f"{name} is a shape without numbers: which entries are kept is decided by them.")
     if not is_differentiable(leaf) or np.ndim(leaf) - layers < 2:
         raise TypeError(f"{name} is no weight to prune: expected floats with an input and an output axis.")
     shape = np.shape(leaf)[layers:]

@@ -32,6 +32,8 @@ from jax.experimental import topologies
 
 import msbp_jax as msbp
 from msbp_jax import kernels
+from msbp_jax.kernels import weights
+from msbp_jax.weights import pattern_of
 
 TPUS = {
     "v5e": ("TPU v5 lite", "v5e:2x2"),
@@ -117,6 +119,7 @@ def programs(platform, all_of_them):
         yield "int8 values with a scale", both, (levels, shape((512, 512), jnp.bfloat16))
         yield "mapped", *mapped(options)
     yield "8 bits", *in_8_bits()
+    yield "tiles", *in_tiles()
     yield "step", *training_step(platform)
 
 
@@ -131,6 +134,23 @@ def in_8_bits():
     bf16 = jnp.bfloat16
     shapes = shape(jnp.int8, 1024, 2048), shape(jnp.float32), shape(bf16, 1024, 512), shape(bf16, 512, 2048)
     return backward, shapes
+
+
+def in_tiles():
+    """Return forward and backward of a layer whose weight has blocks of entries, and its shapes."""
+    mask = np.arange(32 * 64).reshape(32, 64) % 7 == 0
+    pattern = pattern_of(mask.repeat(16, 0).repeat(16, 1), block=(16, 16))
+
+    def both(x, values, g):
+        y = weights.times(x, values, pattern, False, backend="tiles")
+        return (
+            y,
+            weights.times(g, values, pattern, True, backend="tiles"),
+            weights.gradient(x, g, pattern, backend="tiles"),
+        )
+
+    shape = lambda *size: jax.ShapeDtypeStruct(size, jnp.bfloat16)
+    return both, (shape(256, 512), shape(pattern.entries), shape(256, 1024))
 
 
 def mapped(options):

@@ -112,6 +112,34 @@ def test_backends_against_float64(backend, turned):
         )
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("block", [(8, 8), (4, 16)])
+def test_tiles_against_float64(block, stacked):
+    """Patterns of blocks, padded ones too, as accelerators take them."""
+    w = random_gradient(0, 2 * 32, 48).reshape(2, 32, 48)
+    keep = np.random.default_rng(1).random((2, 32 // block[0], 48 // block[1])) < 0.3
+    keep[1, 1:] = False
+    keep[:, 0, 0] = True
+    mask = keep.repeat(block[0], 1).repeat(block[1], 2)
+    sparse = msbp.prune({"params": {"w": w}}, masks={"w": mask}, stacked=["w"], block=block)
+    for layer in (0, 1):
+        pattern = jax.tree.map(lambda leaf, layer=layer: leaf[layer], sparse["sparsity"]["w"])
+        values, dense = sparse["params"]["w"][layer], np.where(mask, w, 0)[layer].astype(np.float64)
+        x, g = random_gradient(2, 7, 32), random_gradient(3, 7, 48)
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+        close(kernels.times(x, values, pattern, False, backend="tiles"), np.asarray(x, np.float64) @ dense)
+        close(kernels.times(g, values, pattern, True, backend="tiles"), np.asarray(g, np.float64) @ dense.T)
+        dw = kernels.gradient(x, g, pattern, backend="tiles")
+        close(dw, kernels.gradient(x, g, pattern, backend="xla"))
+    if not stacked:
+        return
+    card = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=card)):
+        f = msbp.sparse_weights(lambda p, x: jax.lax.scan(lambda c, w: (c, x @ w), 0.0, p["w"])[1])
+        (row,) = f.report(sparse["params"], sparse["sparsity"], x).weights
+    assert row.backend == ("xla, tiles" if min(block) >= 8 else "xla, dense")
+
+
 def test_bfloat16():
     x = random_gradient(0, 30, 32)
     model, sparse, dense = twins(MLP(jnp.bfloat16), x)
@@ -334,6 +362,22 @@ def test_empty_rows_and_columns_and_zeros():
     SHARP(msbp.densify({**sparse, "params": got})["params"], jnp.where(mask, x.sum(0)[:, None], 0))
     none = f(sparse["params"], sparse["sparsity"], x[:0])
     assert none.shape == (0, 6)
+
+
+def test_a_memory_among_the_parameters():
+    x = random_gradient(0, 16, 32)
+    sparse = msbp.prune(MLP().init(jax.random.key(1), x), density=0.15)
+    plan = msbp.memorized(msbp.top_k(k=6, rows_per_group=4), decay=0.5)
+    model = msbp.sparse_weights(msbp.sparse_vjp(MLP(), plan, min_features=1))
+    params = model.with_memory(sparse, x)
+    assert params["params"] is sparse["params"]
+    loss = lambda params: jnp.sum(jnp.sin(model.apply({"params": params, "sparsity": sparse["sparsity"]}, x)))
+    grads = jax.grad(loss)(params)
+    memory = model.init_memory(sparse, x)
+    want = msbp.value_and_grad(
+        lambda p, memory: jnp.sum(jnp.sin(model.apply({**sparse, "params": p}, x, memory=memory)))
+    )(sparse["params"], memory)
+    SHARP(grads["params"], want[1])
 
 
 def test_what_is_refused():

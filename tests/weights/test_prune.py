@@ -116,6 +116,17 @@ def test_stacked_layers_are_padded_to_one_length():
     np.testing.assert_array_equal(msbp.densify(sparse)["params"]["blocks"]["kernel"], np.where(mask, w, 0))
 
 
+def test_whole_blocks_by_their_norms():
+    w = jax.random.normal(KEY, (32, 48)).at[8:16, 16:24].mul(10)
+    sparse = msbp.prune({"params": {"kernel": w}}, density=0.25, block=(8, 8))
+    mask = np.asarray(sparse["sparsity"]["kernel"].mask())
+    blocks = mask.reshape(4, 8, 6, 8).mean(axis=(1, 3))
+    assert set(blocks.ravel().tolist()) == {0, 1}
+    assert blocks.sum() == 6
+    assert blocks[1, 2] == 1
+    np.testing.assert_array_equal(msbp.densify(sparse)["params"]["kernel"], np.where(mask, w, 0))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -135,6 +146,10 @@ def test_stacked_layers_are_padded_to_one_length():
         ({"density": 0.1, "input_axes": {"c/*": 1}}, ValueError, "input_axes: 'c/\\*' matches none"),
         ({"density": 0.1, "include": ["*/bias"]}, TypeError, "a/bias is no weight to prune"),
         ({"density": 0.1, "input_axes": {"a/kernel": 2}}, ValueError, "2 axes cannot be the inputs"),
+        ({"density": 0.5, "block": (4, 4)}, ValueError, "a/kernel, 6 x 10, cannot be cut into blocks of 4 x 4"),
+        ({"density": 0.5, "block": 4}, ValueError, r"block must be \(inputs, features\)"),
+        ({"masks": {"a": {"kernel": W > 0}}, "block": (2, 2)}, ValueError, "does not consist of blocks of 2 x 2"),
+        ({"masks": {"a": {"kernel": W > 0}}, "block": (4, 4)}, ValueError, "cannot be cut into blocks of 4 x 4"),
         ({"masks": {"c": np.ones(3, bool)}}, ValueError, "There is a mask of c"),
         ({"masks": {"a": {"kernel": np.ones((6, 9), bool)}}}, ValueError, r"has shape \(6, 9\), and the weight"),
         ({"masks": {"a": {"kernel": np.full((6, 10), 0.5)}}}, TypeError, "must be of booleans, or of 0 and 1"),
@@ -158,6 +173,9 @@ def test_other_things_that_are_refused():
         msbp.prune({"params": {"a": {"kernel": W.at[1, 2].set(jnp.nan)}}}, density=0.1)
     with pytest.raises(TypeError, match="decided outside of jit"):
         jax.jit(lambda v: msbp.prune(v, density=0.1)["params"])({"params": VARIABLES["params"]})
+    shapes = jax.eval_shape(lambda: {"params": VARIABLES["params"]})
+    with pytest.raises(TypeError, match="is a shape without numbers"):
+        msbp.prune(shapes, density=0.1)
     with pytest.raises(TypeError, match="A mask must be boolean"):
         pattern_of(np.ones((3, 4)))
     with pytest.raises(ValueError, match=r"up to 2\^31 entries"):

@@ -3,9 +3,11 @@
 | backend | |
 |---|---|
 | native | lists of entries, on a CPU: only they are multiplied |
+| tiles | blocks of entries, as small dense products of XLA's: on accelerators |
 | xla | the dense weight, made first; dw is a dense product of which the entries are taken |
 
-The native one is taken below `LISTS_BELOW`; above, and wherever it declines, the dense products run.
+The native one is taken below `LISTS_BELOW`, tiles where there are blocks, down to 8 x 8, on a GPU or TPU; elsewhere the
+dense products run.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from typing import Any, Final
 import jax
 from jaxtyping import Array, Float
 
+from msbp_jax.kernels.choice import target
 from msbp_jax.kernels.native import calls
-from msbp_jax.kernels.weights import native, xla
+from msbp_jax.kernels.weights import native, tiles, xla
 from msbp_jax.weights import Pattern
 
 # Share of the entries below which lists are faster than dense products of a weight that must be made first: at a half
@@ -43,13 +46,16 @@ def times(
       pattern: Where they stand; of one layer.
       turned: Whether the features are contracted.
       precision: As in `lax.dot_general`; native sums are float32 throughout.
-      backend: "native" or "xla"; None to choose.
+      backend: "native", "tiles" or "xla"; None to choose.
 
     Raises:
       NotImplementedError: The backend that is named cannot.
     """
-    if _chosen(backend, pattern, values, x) == "native":
-        return native.times(x, values, pattern, turned)
+    match _chosen(backend, pattern, values, x):
+        case "native":
+            return native.times(x, values, pattern, turned)
+        case "tiles":
+            return tiles.times(x, values, pattern, turned, precision)
     return xla.times(x, values, pattern, turned, precision)
 
 
@@ -68,13 +74,16 @@ def gradient(
       g: `[rows, n]`.
       pattern: Which entries; of one layer.
       precision: As in `lax.dot_general`; native sums are float32 throughout.
-      backend: "native" or "xla"; None to choose.
+      backend: "native", "tiles" or "xla"; None to choose.
 
     Raises:
       NotImplementedError: The backend that is named cannot.
     """
-    if _chosen(backend, pattern, x, g) == "native":
-        return native.gradient(x, g, pattern)
+    match _chosen(backend, pattern, x, g):
+        case "native":
+            return native.gradient(x, g, pattern)
+        case "tiles":
+            return tiles.gradient(x, g, pattern, precision)
     return xla.gradient(x, g, pattern, precision)
 
 
@@ -92,6 +101,8 @@ def chosen(pattern: Pattern, *dtypes: Any) -> str:
     """Return the backend that runs products of operands of these dtypes here."""
     if pattern.density >= LISTS_BELOW:
         return "xla"
+    if target.platform() != "cpu" and pattern.block is not None and min(pattern.block) >= 8:
+        return "tiles"
     try:
         calls.check_dtypes(*dtypes)
     except NotImplementedError:
