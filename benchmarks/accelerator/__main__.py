@@ -7,6 +7,7 @@ python -m benchmarks.accelerator --small     # minute sizes, to see that it runs
 rates        what this chip copies and multiplies, from which the floors follow
 errors       of both products, relative to the largest entry, against float64; on a CPU the kernels are interpreted
 layers       backward of one layer (selection with memory, dx, dw): dense XLA, XLA's sparse, the kernels, what is chosen
+pieces       selection, dx and dw of one of these layers, each by itself
 unbiased     backward of one layer with sampled rows and with dithering, in 8 bits too, drawing included
 transformer  a step of 12 layers with AdamW, dense, columns at 1/8, rows, dithered; and accuracy after 1,000 steps
 
@@ -23,12 +24,12 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from benchmarks.accelerator import errors, layers, rates, transformer, unbiased
+from benchmarks.accelerator import errors, layers, pieces, rates, transformer, unbiased
 from benchmarks.accelerator.setting import SMALL, Setting
 from benchmarks.helpers import machine, paths, tables
 from benchmarks.helpers.records import Records, Row, finished, today
 
-PARTS = ("errors", "layers", "unbiased", "transformer")
+PARTS = ("errors", "layers", "pieces", "unbiased", "transformer")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -56,6 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     measures: dict[str, Callable[[], Iterator[Row]]] = {
         "errors": functools.partial(errors.measure, setting),
         "layers": functools.partial(layers.measure, setting, found[0]),
+        "pieces": functools.partial(pieces.measure, setting),
         "unbiased": functools.partial(unbiased.measure, setting),
         "transformer": functools.partial(transformer.measure, setting),
     }

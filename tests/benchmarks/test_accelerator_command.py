@@ -12,7 +12,7 @@ def test_accelerator(tmp_path, capsys):
     arguments = ["--small", "--out", str(tmp_path)]
     accelerator.main(arguments)
     result = json.loads((tmp_path / "accelerator.json").read_text())
-    assert list(result) == ["rates", "errors", "layers", "unbiased", "transformer"]
+    assert list(result) == ["rates", "errors", "layers", "pieces", "unbiased", "transformer"]
     rows = {name: part["rows"] for name, part in result.items()}
     assert {row["backend"] for row in rows["errors"]} == {"xla", "gpu", "tpu"}
     for row in rows["errors"]:
@@ -26,10 +26,11 @@ def test_accelerator(tmp_path, capsys):
         assert not {"dense/gpu", "dense/tpu"} & set(row)
     assert [row["backward"] for row in rows["transformer"]] == ["dense", "MSBP", "half of the sequences"]
     assert all(row["dense/whole"] > 0 for row in rows["unbiased"])
+    assert all({"read g", "turn w", "select, xla", "dx, xla", "dw, xla"} <= set(row) for row in rows["pieces"])
     assert "## layers" in (tmp_path / "accelerator.md").read_text()
     capsys.readouterr()
     accelerator.main(arguments)
-    assert capsys.readouterr().out.count("--again measures it again") == 5
+    assert capsys.readouterr().out.count("--again measures it again") == 6
     assert json.loads((tmp_path / "accelerator.json").read_text()) == result
 
 
