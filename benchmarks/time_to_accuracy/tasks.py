@@ -168,7 +168,7 @@ def _cnn(folder: pathlib.Path | None, small: bool) -> Task:
         module=CNN(16 if small else 32),
         **_images(images),
         optimizer=optax.adam,
-        rates=(5e-4, 1e-3, 2e-3),
+        rates=(5e-4, 1e-3, 2e-3, 4e-3),
         batch=256,
         budgets=(10, 20, 40),
         columns=(0.5, None),
