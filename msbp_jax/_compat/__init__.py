@@ -52,9 +52,11 @@ from msbp_jax._compat._meshes import new_mesh_axes as new_mesh_axes
 from msbp_jax._compat._meshes import no_mesh as no_mesh
 from msbp_jax._compat._meshes import shard_map_like as shard_map_like
 from msbp_jax._compat._meshes import typed_like as typed_like
+from msbp_jax._compat._meshes import varies as varies
 from msbp_jax._compat._meshes import varying_alike as varying_alike
 from msbp_jax._compat._meshes import varying_axes as varying_axes
 from msbp_jax._compat._meshes import varying_like as varying_like
+from msbp_jax._compat._meshes import varying_over as varying_over
 from msbp_jax._compat._meshes import with_automatic_sharding as with_automatic_sharding
 from msbp_jax._compat._meshes import zeros_placed_like as zeros_placed_like
 from msbp_jax._compat._programs import closed as closed

@@ -45,6 +45,17 @@ def varying_like(array: Any, like: Any) -> Any:
     return jax.lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array
 
 
+def varies(array: Any) -> bool:
+    """Whether an array differs, by its type, between the devices of a `shard_map`."""
+    return bool(jax.typeof(array).manual_axis_type.varying)
+
+
+def varying_over(array: Any, axes: tuple[str, ...]) -> Any:
+    """Return an array made to vary over mesh axes, under `shard_map`, those over which it does not yet."""
+    missing = set(axes) - jax.typeof(array).manual_axis_type.varying
+    return jax.lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array
+
+
 def axes_lacked(array: Any, others: Any) -> list[str]:
     """Return the mesh axes, under `shard_map`, over which one of the others varies by its type and this array not."""
     axes = frozenset[str]().union(*(jax.typeof(other).manual_axis_type.varying for other in others))

@@ -105,13 +105,12 @@ class SparseDot:
         return jax.ShapeDtypeStruct(found.shape, found.dtype)
 
 
-def sparse_dot_of(dot: DotGeneral, weight: SparseWeight, backend: str | None = None) -> SparseDot | None:
+def sparse_dot_of(dot: DotGeneral, weight: SparseWeight) -> SparseDot | None:
     """Return a product with a sparse weight; None for one that is not of its inputs or of its features as a whole.
 
     Args:
       dot: The product with the dense weight.
       weight: The weight.
-      backend: "native" or "xla"; None to choose.
     """
     side = 0 if dot.side == "lhs" else 1
     contracted, batch = (set(axes[side]) for axes in dot.dimension_numbers)
@@ -125,7 +124,7 @@ def sparse_dot_of(dot: DotGeneral, weight: SparseWeight, backend: str | None = N
         turned=turned,
         exchanged=weight.turned,
         structure=jax.tree.structure(weight.pattern),
-        backend=backend,
+        backend=weight.backend,
     )
 
 

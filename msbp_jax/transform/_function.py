@@ -14,6 +14,7 @@ from msbp_jax.sparsifiers._base import State
 from msbp_jax.transform._plan import Plan
 from msbp_jax.transform._program import Program, trace
 from msbp_jax.transform._report import Report, make_report
+from msbp_jax.transform._sparse_uses import describe
 from msbp_jax.weights import is_sparse
 
 
@@ -132,7 +133,7 @@ class SparseFunction:
         params, _ = _without_memory(params)
         program = self._program(params, args, kwargs)
         program.check_plan()
-        return make_report(program.sites, program.outputs, self._backend, program.weights)
+        return make_report(program.sites, program.outputs, self._backend, [describe(*of) for of in program.weights])
 
     def __repr__(self) -> str:
         """Return the wrapped function and the plan."""

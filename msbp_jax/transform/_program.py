@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from msbp_jax import _compat
@@ -24,7 +25,7 @@ from msbp_jax.transform._remembers import Remembers, check_memory, init_memory
 from msbp_jax.transform._sites import Site, name_sites
 from msbp_jax.transform._sources import CONSTANT, DATA, Source
 from msbp_jax.transform._sparse_operands import dense
-from msbp_jax.transform._sparse_uses import WeightRow, describe, find_uses
+from msbp_jax.transform._sparse_uses import Use, find_uses
 from msbp_jax.weights import SparseWeight, is_sparse
 
 
@@ -37,7 +38,7 @@ class Program:
       arguments: Those arrays; ShapeDtypeStructs where the call was abstract.
       parameters: Path and shape of each parameter leaf.
       sites: Its contractions.
-      weights: What becomes of its sparse weights.
+      weights: Its sparse weights: path, the weight, and its uses.
       outputs: The gradient that enters it, if the plan names it.
       rebuild: Turns the jaxpr's results into the function's result.
       plan: Which sparsifier each site gets.
@@ -49,7 +50,7 @@ class Program:
     arguments: list[Any]
     parameters: list[tuple[str, int]]
     sites: list[Site]
-    weights: list[WeightRow]
+    weights: list[tuple[str, SparseWeight, list[Use]]]
     outputs: Outputs | None
     rebuild: Callable[[list[Any]], Any]
     plan: Plan
@@ -90,7 +91,11 @@ class Program:
         return self._warned_start()
 
     def _warned_start(self) -> dict[str, Any]:
-        if not self.sparse_sites and not all(site.dense_by_choice for site in self.sites if site.found.side):
+        if (
+            not self.sparse_sites
+            and not self.weights
+            and not all(site.dense_by_choice for site in self.sites if site.found.side)
+        ):
             reasons = "; ".join(f"{site.name}: {site.reason}" for site in self.sites)
             warnings.warn(f"Nothing is sparse under this plan. {reasons}.", stacklevel=5)
         return self.start()
@@ -219,7 +224,7 @@ def trace(
         return [leaf for leaf in results if is_array(leaf)]
 
     with jax.disable_jit(False):  # without jit, loops are unrolled, which changes the sites
-        avals = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_sparse(leaf) else leaf for leaf in leaves]
+        avals = [_dense_type(leaf) if isinstance(leaf, SparseWeight) else leaf for leaf in leaves]
         jaxpr = _compat.make_jaxpr(flat_function, (avals, traced), any_axes=memory is None)
     structure, fixed, are_arrays, is_output = result_structure[-1]
 
@@ -254,7 +259,7 @@ def trace(
         parameters=parameters,
         sites=name_sites(found, parameters, plan, backend, products),
         weights=[
-            describe(parameters[number][0], weight, [u for u in uses if u.leaf == number])
+            (parameters[number][0], weight, [use for use in uses if use.leaf == number])
             for number, weight in sparse.items()
         ],
         outputs=find_outputs(plan, jaxpr.out_avals, is_output, _name_of(function), backend),
@@ -263,6 +268,13 @@ def trace(
         label=label,
         backend=backend,
     )
+
+
+def _dense_type(weight: SparseWeight) -> Any:
+    """Return shape and dtype of the dense weight; within `shard_map`, where types say more, an array that is dropped."""
+    if isinstance(weight.values, _compat.Tracer) and _compat.varies(weight.values):
+        return _compat.varying_like(jnp.zeros(weight.shape, weight.dtype), weight.values)
+    return jax.ShapeDtypeStruct(weight.shape, weight.dtype)
 
 
 def _name_of(function: Callable[..., Any]) -> str:

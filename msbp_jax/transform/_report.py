@@ -136,7 +136,15 @@ def make_report(
         for site in sites
         if site.sparsifier is None and not isinstance(site.operation, SparseDot)
     )
-    work = {site.name: site.repeats * site.dims.rows * site.dims.m * site.dims.n for site in sites}
+    density = {row.name: row.density for row in weights}  # a sparse weight has so much less work, whatever is kept
+    work = {
+        site.name: site.repeats
+        * site.dims.rows
+        * site.dims.m
+        * site.dims.n
+        * (density.get(site.name.split("#")[0], 1) if isinstance(site.operation, SparseDot) else 1)
+        for site in sites
+    }
     saved = sum(row.saved * work[row.name] for row in sparse) / max(1, sum(work.values()))
     return Report(entering=_entering(outputs, sparse), sparse=sparse, dense=dense, saved=saved, weights=tuple(weights))
 
@@ -181,6 +189,8 @@ def _sparse_row(site: Site, backend: str | None) -> SparseRow:
 
 def _chosen(site: Site, p: Format, paths: list[Path], backend: str | None) -> str:
     """Say which backend runs the products, on which path, and up to which share of the rows if that tells."""
+    if isinstance(site.operation, SparseDot):
+        return "by its entries"
     names = []
     for q, path in zip(p.parts, paths, strict=True):
         kernel = "xla, 8 bits" if _in_8_bits(q) else backend or _fastest(site, q)

@@ -30,12 +30,14 @@ class SparseWeightsNNXModule(SparseNNXModule):
     """An NNX module that computes with sparse weights; made by `sparse_weights`.
 
     Attributes:
-      module: The module that was wrapped; once pruned, with values of the entries in place of its dense kernels.
+      module: The module that was wrapped. Once pruned it has values of the entries in place of its dense kernels, and
+        is not to be called itself: `densify` a clone.
       sparsity: A `Sparsity` for each sparse weight, by its path.
     """
 
-    def __init__(self, module: nnx.Module, plan: Plan, backend: str | None) -> None:
+    def __init__(self, module: nnx.Module, plan: Plan, backend: str | None, weights_backend: str | None) -> None:
         super().__init__(module, plan, backend)
+        self._weights_backend = weights_backend
         self.sparsity: dict[str, Sparsity] = nnx.data({})
 
     def prune(self, **options: Any) -> None:
@@ -78,7 +80,8 @@ class SparseWeightsNNXModule(SparseNNXModule):
             return super()._run(method, *args, **kwargs)
         finally:  # a call that writes anything writes all back, the weights as it saw them
             for name, values in kept.items():
-                params[name].set_value(values)
+                if params[name].get_value() is not values:
+                    params[name].set_value(values)
 
     def _params(self) -> dict[str, nnx.Variable[Any]]:
         flat = nnx.to_flat_state(nnx.state(self.module, nnx.Param))
@@ -89,7 +92,7 @@ class SparseWeightsNNXModule(SparseNNXModule):
         return {name: variable.get_value() for name, variable in self.sparsity.items()}
 
     def _given(self, params: Any) -> Any:
-        return with_patterns(params, self._patterns()) if self.sparsity else params
+        return with_patterns(params, self._patterns(), self._weights_backend) if self.sparsity else params
 
     @property
     def _is_plain(self) -> bool:

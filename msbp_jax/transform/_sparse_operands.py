@@ -3,7 +3,7 @@
 | equation | |
 |---|---|
 | a matrix product over all of its inputs, or all of its features | a sparse product |
-| a cast; a transposition that exchanges inputs and features | a sparse weight |
+| a cast; a transposition that exchanges inputs and features; a change of type within shard_map | a sparse weight |
 | jit, checkpoint, cond; scan, where it is a constant or runs through stacked layers | goes on inside |
 | anything else | gets the dense weight |
 """
@@ -36,6 +36,8 @@ def passed_on(eqn: _compat.JaxprEqn, inputs: Sequence[Any]) -> SparseWeight | No
             return weight.astype(params["new_dtype"])
         case "transpose":
             return weight.transposed(tuple(params["permutation"]))
+        case "pvary":
+            return weight.varying_over(tuple(params["axes"]))
         case "copy" | "copy_p":
             return weight
     return None

@@ -26,13 +26,15 @@ class Use:
       operation: The sparse product; None where the weight is dense.
       primitive: Of the equation.
       rows: Of the input of a product.
+      dtypes: Of its input and weight.
     """
 
     leaf: int
     place: Place
     operation: SparseDot | None
     primitive: str
-    rows: int = 0
+    rows: Any = 0
+    dtypes: tuple[Any, ...] = ()
 
 
 def find_uses(jaxpr: _compat.ClosedJaxpr, weights: dict[int, SparseWeight]) -> list[Use]:
@@ -47,12 +49,17 @@ def find_uses(jaxpr: _compat.ClosedJaxpr, weights: dict[int, SparseWeight]) -> l
     def walked(*flat: Any) -> None:
         given = jax.tree.unflatten(structure, flat)
         arguments = [_Known(number, given[number]) if number in given else None for number in range(len(variables))]
-        _walk(jaxpr, arguments, (), found)
+        _leave(_walk(jaxpr, arguments, (), found), (), "the model", found)
 
     variables = jaxpr.jaxpr.invars
     leaves, structure = jax.tree.flatten(weights)
     jax.eval_shape(walked, *(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves))
     return found
+
+
+def _leave(results: Sequence[_Known | None], place: Place, what: str, found: list[Use]) -> None:
+    """Note the weights that something returns: they are dense there."""
+    found.extend(Use(k.leaf, place, None, f"what {what} returns") for k in results if k is not None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,7 +95,8 @@ def _walk(jaxpr: Any, arguments: Sequence[_Known | None], place: Place, found: l
             leaf = next(k.leaf for k in taken if k is not None)
             lhs, rhs, out = (_compat.shape_of(atom).shape for atom in (*eqn.invars, *eqn.outvars))
             rows = product[0].dims(lhs, rhs, out).rows
-            found.append(Use(leaf, here, product[0], eqn.primitive.name, rows))
+            dtypes = tuple(value.dtype for value in inputs)
+            found.append(Use(leaf, here, product[0], eqn.primitive.name, rows, dtypes))
             continue
         results = _inside(eqn, taken, here, found)
         env.update({v: k for v, k in zip(eqn.outvars, results, strict=True) if k is not None})
@@ -100,7 +108,7 @@ def _inside(eqn: Any, arguments: list[_Known | None], place: Place, found: list[
     nothing: list[_Known | None] = [None] * len(eqn.outvars)
     if eqn.primitive is _compat.cond_p:
         for number, branch in enumerate(eqn.params["branches"]):
-            _walk(_compat.closed(branch), arguments[1:], (*place, number), found)
+            _leave(_walk(_compat.closed(branch), arguments[1:], (*place, number), found), place, "a branch", found)
         return nothing
     body = _compat.closed(eqn.params["call_jaxpr"] if "call_jaxpr" in eqn.params else eqn.params["jaxpr"])
     if eqn.primitive is _compat.scan_p:
@@ -109,7 +117,7 @@ def _inside(eqn: Any, arguments: list[_Known | None], place: Place, found: list[
             _Known(k.leaf, jax.tree.map(lambda leaf: leaf[0], k.weight)) if k and number >= consts + carries else k
             for number, k in enumerate(arguments)
         ]
-        _walk(body, sliced, place, found)
+        _leave(_walk(body, sliced, place, found), place, "a scan", found)
         return nothing
     return _walk(body, arguments, place, found)
 
@@ -145,15 +153,16 @@ def describe(name: str, weight: SparseWeight, uses: Sequence[Use]) -> WeightRow:
       weight: The weight; shapes are enough.
       uses: Its uses.
     """
-    pattern = weight.pattern
-    backend = kernels.chosen(pattern, weight.dtype)
+    pattern, products = weight.pattern, [use for use in uses if use.operation is not None]
+    dtypes = products[0].dtypes if products else (weight.dtype,)
+    backend = weight.backend or kernels.chosen(pattern, *dtypes)
     dense = list(dict.fromkeys(use.primitive for use in uses if use.operation is None))
     said = [f"{' and '.join(dense)} sees the dense weight"] if dense else []
-    if backend == "xla":
-        above = pattern.density >= kernels.LISTS_BELOW
-        why = f"at densities from {kernels.LISTS_BELOW:.0%} on that is faster" if above else "there are no kernels here"
-        said.append(f"its products are slower than dense ones, on the dense weight, made anew each time: {why}")
-    rows = [use.rows for use in uses if use.operation is not None]
+    if not products:
+        said.append("no product with it is sparse")
+    if backend == "xla" and products:
+        said.append("its products run on the dense weight, made of the entries each time: slower than a dense one")
+    rows = [use.rows for use in products if not _compat.is_symbolic(use.rows)]
     if backend == "native" and rows and pattern.density > (most := max(map(kernels.break_even, rows))):
         said.append(
             f"its products are probably slower than with a dense weight, as they are above {most:.0%} of the entries "
@@ -164,7 +173,7 @@ def describe(name: str, weight: SparseWeight, uses: Sequence[Use]) -> WeightRow:
         shape=weight.shape,
         entries=pattern.entries,
         density=pattern.density,
-        products=sum(use.operation is not None for use in uses),
+        products=len(products),
         backend={"native": "native", "tiles": "xla, tiles"}.get(backend, "xla, dense"),
         warning="; ".join(said),
     )

@@ -23,6 +23,8 @@ from msbp_jax.transform._function import SparseFunction
 from msbp_jax.transform._linen import LinenModule, SparseModule, is_linen
 from msbp_jax.transform._nnx import NNXModule, SparseNNXModule, is_nnx
 from msbp_jax.transform._plan import make_plan
+from msbp_jax.transform._sparse_nnx import SparseWeightsNNXModule
+from msbp_jax.transform.sparse_weights import SparseWeightsFunction, SparseWeightsModule
 
 
 @overload
@@ -133,7 +135,15 @@ def sparse_vjp(
     return SparseFunction(target, checked, backend, memory_name)
 
 
+_ORDER = (
+    "sparse_vjp was given a model of sparse_weights. The order is the other one: "
+    "msbp.sparse_weights(msbp.sparse_vjp(model, plan))."
+)
+
+
 def _check_target(target: Any) -> None:
+    if isinstance(target, SparseWeightsNNXModule):
+        raise TypeError(_ORDER)
     if isinstance(target, SparseFunction | SparseModule | SparseNNXModule):
         what = target.module if isinstance(target, SparseModule | SparseNNXModule) else target.function
         name = getattr(what, "__name__", type(what).__name__)
@@ -141,6 +151,8 @@ def _check_target(target: Any) -> None:
             f"sparse_vjp was given a {type(target).__name__}, which it made itself from {name}: one wrapping is "
             "enough, with one plan for all."
         )
+    if isinstance(target, SparseWeightsModule | SparseWeightsFunction):
+        raise TypeError(_ORDER)
     if isinstance(target, type):
         raise TypeError(
             f"sparse_vjp wraps a module, not its class, got the class {target.__name__}. Make one first: "

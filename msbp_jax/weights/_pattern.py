@@ -192,6 +192,10 @@ def check_pattern(pattern: Pattern, name: str) -> None:
         if input_starts[-1] != starts[-1] or ((back < 0) | (back >= starts[-1])).any():
             raise ValueError(f"{name}: its pattern has other entries input by input than feature by feature.")
         by_input = np.repeat(np.arange(m), np.diff(input_starts))
+        if pattern.block is not None:
+            mask = np.zeros((1, m, n), bool)
+            mask[0, inputs[: starts[-1]], whose] = True
+            _check_blocks(mask, pattern.block)
         same = (inputs[back] == by_input) & (whose[back] == features[: input_starts[-1]])
         if not same.all():
             raise ValueError(f"{name}: its pattern has other entries input by input than feature by feature.")

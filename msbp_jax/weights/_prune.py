@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from msbp_jax import _compat
-from msbp_jax._checks import is_differentiable, path_name
+from msbp_jax._checks import path_name
 from msbp_jax.weights import _choose
 from msbp_jax.weights._pattern import Pattern, check_pattern, gathered, pattern_of
 from msbp_jax.weights._sparse_weight import SparseWeight, is_sparse, with_patterns
@@ -82,7 +82,12 @@ def prune(
         raise ValueError("These variables are sparse already. Prune what msbp.densify makes of them.")
     if (density is None) == (masks is None):
         raise ValueError("prune takes one of density= and masks=.")
+    if block is not None:
+        _checked(block)
+    if masks is not None and (method, scope, include, key) != ("magnitude", "layer", None, None):
+        raise ValueError("Masks say all: with masks= there is no method=, scope=, include= or key=.")
     keyed, structure = jax.tree_util.tree_flatten_with_path(variables["params"])
+    _check_names([path_name(path) for path, _ in keyed])
     leaves = {path_name(path): leaf for path, leaf in keyed}
     axes = {name: _of_pattern(name, input_axes or {}) for name in leaves}
     layers = {name: int(any(fnmatch.fnmatchcase(name, pattern) for pattern in stacked)) for name in leaves}
@@ -97,7 +102,7 @@ def prune(
         if not names:
             raise ValueError(f"There is no weight to prune among {', '.join(leaves)}. Name some by include=.")
         weights = {name: _as_matrices(name, leaves[name], axes[name] or 1, layers[name]) for name in names}
-        cut = weights if block is None else _choose.in_blocks(weights, _checked(block))
+        cut = weights if block is None else _choose.in_blocks(weights, block)
         kept = _masks(cut, share, method, scope, key)
         kept = kept if block is None else _choose.of_blocks(kept, block)
         kept = {name: mask.reshape(np.shape(leaves[name])) for name, mask in kept.items()}
@@ -134,6 +139,8 @@ def densify(variables: Mapping[str, Any]) -> dict[str, Any]:
     References:
       Nikdan et al., SparseProp, 2023 (arXiv 2302.04852).
     """
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise ValueError('densify takes variables with collections "params" and "sparsity", as prune returns them.')
     merged = with_patterns(variables["params"], variables.get(SPARSITY, {}))
     for path, node in jax.tree_util.tree_flatten_with_path(merged, is_leaf=is_sparse)[0]:
         traced = any(isinstance(leaf, _compat.Tracer) for leaf in jax.tree.leaves(node))
@@ -171,21 +178,24 @@ def _masks(
 def _chosen(name: str, leaf: Any, include: Sequence[str] | None, axes: int | None, layers: int) -> bool:
     if include is not None:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in include)
-    if axes is not None or layers:
-        return True
-    return name.split("/")[-1] == "kernel" and np.ndim(leaf) == 2
+    least = 2 + layers if axes is not None or layers else np.ndim(leaf)
+    return (
+        name.split("/")[-1] in ("kernel", "params")
+        and np.ndim(leaf) >= max(2, least)
+        and (axes is not None or np.ndim(leaf) == 2 + layers)
+    )
 
 
 def _as_matrices(name: str, leaf: Any, axes: int, layers: int) -> np.ndarray:
-    """Return a weight as `[layers, m, n]`, float32."""
+    """Return a weight as `[layers, m, n]`, float32 or float64."""
     if isinstance(leaf, _compat.Tracer):
         raise TypeError(f"{name} is traced: which entries are kept is decided outside of jit.")
     if isinstance(leaf, jax.ShapeDtypeStruct):
         raise TypeError(f"{name} is a shape without numbers: which entries are kept is decided by them.")
-    if not is_differentiable(leaf) or np.ndim(leaf) - layers < 2:
+    if not jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating) or np.ndim(leaf) - layers < 2:
         raise TypeError(f"{name} is no weight to prune: expected floats with an input and an output axis.")
     shape = np.shape(leaf)[layers:]
-    array = np.asarray(leaf, np.float32)
+    array = np.asarray(leaf, np.float64 if leaf.dtype == np.float64 else np.float32)
     if not np.isfinite(array).all():
         raise ValueError(f"{name} has entries that are not finite, of which none is larger than another.")
     return array.reshape(-1, math.prod(shape[:axes]), math.prod(shape[axes:]))
@@ -198,6 +208,8 @@ def _given(masks: Any, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
         name, array = path_name(path), np.asarray(mask)
         if name not in leaves:
             raise ValueError(f"There is a mask of {name}, and the parameters are {', '.join(leaves)}.")
+        if isinstance(leaves[name], jax.ShapeDtypeStruct | _compat.Tracer):
+            raise TypeError(f"{name} is a shape without numbers: values are taken from them.")
         if array.shape != np.shape(leaves[name]):
             raise ValueError(f"The mask of {name} has shape {array.shape}, and the weight {np.shape(leaves[name])}.")
         if array.dtype != bool and not np.isin(array, (0, 1)).all():
@@ -211,7 +223,18 @@ def _of_pattern(name: str, by_pattern: Mapping[str, int]) -> int | None:
     return next((axes for pattern, axes in by_pattern.items() if fnmatch.fnmatchcase(name, pattern)), None)
 
 
+def _check_names(names: Sequence[str]) -> None:
+    """Raise unless every parameter has a name of its own, which is in no other's way."""
+    for name in names:
+        if names.count(name) > 1 or any(other.startswith(f"{name}/") for other in names):
+            raise ValueError(f"The name {name} is of two parameters, or of one and of a group of others. Rename one.")
+
+
 def _check_matches(argument: str, patterns: Any, leaves: Mapping[str, Any]) -> None:
+    if isinstance(patterns, str):
+        raise TypeError(f"{argument} takes a list of patterns, got the string {patterns!r}. Write [{patterns!r}].")
+    if isinstance(patterns, Mapping) and (bad := [n for n in patterns.values() if type(n) is not int or n < 1]):
+        raise ValueError(f"{argument} takes how many axes are the input's, 1 or more, by pattern; got {bad[0]!r}.")
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in leaves):
             raise ValueError(f"{argument}: {pattern!r} matches none of the parameters {', '.join(leaves)}.")

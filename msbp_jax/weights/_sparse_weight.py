@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from msbp_jax import _compat
 from msbp_jax._checks import path_name
 from msbp_jax.weights._pattern import Pattern, scattered
 
@@ -22,11 +22,13 @@ class SparseWeight:
       values: `[..., entries]`, floating.
       pattern: Where they stand.
       turned: Whether input and output axes are exchanged.
+      backend: What runs its products, "native", "tiles" or "xla"; None to choose.
     """
 
     values: jax.Array
     pattern: Pattern
     turned: bool = dataclasses.field(default=False, metadata={"static": True})
+    backend: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,6 +57,10 @@ class SparseWeight:
         """Return the same weight in another dtype."""
         return dataclasses.replace(self, values=self.values.astype(dtype))
 
+    def varying_over(self, axes: tuple[str, ...]) -> SparseWeight:
+        """Return the same weight, of a type that differs between the devices of some mesh axes of a `shard_map`."""
+        return dataclasses.replace(self, values=_compat.varying_over(self.values, axes))
+
     def transposed(self, permutation: tuple[int, ...]) -> SparseWeight | None:
         """Return the weight with its axes permuted, or None unless inputs and outputs merely change places."""
         axes, cut = len(self.pattern.shape), self.leading
@@ -77,13 +83,14 @@ def is_sparse(node: Any) -> bool:
     return isinstance(node, SparseWeight)
 
 
-def with_patterns(params: Any, patterns: Any) -> Any:
+def with_patterns(params: Any, patterns: Any, backend: str | None = None) -> Any:
     """Return parameters with a `SparseWeight` in place of the values of each pattern.
 
     Args:
       params: A pytree of parameters.
       patterns: The collection "sparsity": the same tree, with a `Pattern` where the weight is sparse, and nothing
         elsewhere.
+      backend: What runs the products of the weights; None to choose.
 
     Raises:
       ValueError: A pattern is of no parameter, or of one with another number of entries.
@@ -91,7 +98,10 @@ def with_patterns(params: Any, patterns: Any) -> Any:
     is_pattern = lambda node: isinstance(node, Pattern)
     keyed = jax.tree_util.tree_flatten_with_path(patterns, is_leaf=is_pattern)[0]
     if wrong := [path_name(path) for path, node in keyed if not is_pattern(node)]:
-        raise ValueError(f"The sparsity of {wrong[0]} is not a pattern. msbp.prune makes them.")
+        raise ValueError(
+            f"The sparsity of {wrong[0]} is not a pattern. msbp.prune makes them; from a checkpoint they are restored "
+            "with a target, such as the variables that msbp.prune made at first."
+        )
     by_path = {path_name(path): pattern for path, pattern in keyed}
 
     def merged(path: Any, leaf: Any) -> Any:
@@ -104,16 +114,10 @@ def with_patterns(params: Any, patterns: Any) -> Any:
                 f"The parameter {path_name(path)} has shape {tuple(jnp.shape(leaf))}, and its pattern is of "
                 f"{expected} entries. Are they of one model? msbp.prune makes both."
             )
-        return SparseWeight(leaf, pattern)
+        return SparseWeight(leaf, pattern, backend=backend)
 
     found = jax.tree_util.tree_map_with_path(merged, params)
     if by_path:
         known = ", ".join(path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0])
         raise ValueError(f"There are patterns of {', '.join(sorted(by_path))}, and parameters {known}.")
     return found
-
-
-def patterned(patterns: Any) -> bool:
-    """Whether there is a pattern among a collection "sparsity"."""
-    leaves = jax.tree.leaves(patterns, is_leaf=lambda node: isinstance(node, Pattern))
-    return any(isinstance(leaf, Pattern) for leaf in leaves) if not isinstance(patterns, Mapping) or patterns else False

@@ -232,7 +232,11 @@ def test_other_uses_see_the_dense_weight():
 
 def test_the_report_says_where_a_dense_weight_is_faster():
     x = random_gradient(0, 20, 32)
-    for density, words in ((0.8, "slower than dense ones, on the dense weight"), (0.6, "leave it dense"), (0.1, "")):
+    for density, words in (
+        (0.8, "made of the entries each time: slower than a dense one"),
+        (0.6, "leave it dense"),
+        (0.1, ""),
+    ):
         model, sparse, _ = twins(MLP(), x, density)
         row = model.report(sparse, x).weights[0]
         native = density < 0.7 and kernels.native_is_available()
@@ -296,6 +300,9 @@ def test_data_on_eight_devices():
 
     mapped = jax.shard_map(body, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec("d")),
                            out_specs=PartitionSpec())  # fmt: skip
+    if kernels.native_is_available():
+        lowered = jax.jit(jax.grad(mapped)).lower(sparse["params"], sparse["sparsity"], x).as_text()
+        assert lowered.count("msbp_weight_times") >= 2
     got = jax.jit(jax.grad(mapped))(sparse["params"], sparse["sparsity"], x)
     want = jax.grad(lambda p: MLP().apply({"params": p}, x).sum())(dense["params"])
     SHARP(msbp.densify({**sparse, "params": jax.device_get(got)})["params"], masked(sparse, want))
@@ -380,6 +387,85 @@ def test_a_memory_among_the_parameters():
     SHARP(grads["params"], want[1])
 
 
+def test_gradients_of_each_device():
+    """Parameters that differ between devices by their type."""
+    x = random_gradient(0, 64, 32)
+    model, sparse, dense = twins(MLP(), x)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def body(p, s, x):
+        own = jax.lax.pcast(p, "d", to="varying")
+        grads = jax.grad(lambda p: model.apply({"params": p, "sparsity": s}, x).sum())(own)
+        return jax.lax.pmean(grads, "d")
+
+    whole, split = PartitionSpec(), PartitionSpec("d")
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=(whole, whole, split), out_specs=whole)
+    got = jax.device_get(jax.jit(mapped)(sparse["params"], sparse["sparsity"], x))
+    want = jax.grad(lambda p: MLP().apply({"params": p}, x).sum() / 8)(dense["params"])
+    SHARP(msbp.densify({**sparse, "params": got})["params"], masked(sparse, want))
+
+
+def test_export_and_second_derivatives_by_xla():
+    x = random_gradient(0, 6, 32)
+    sparse = msbp.prune(MLP().init(jax.random.key(1), x), density=0.15)
+    model = msbp.sparse_weights(MLP(), backend="xla")
+    (b,) = jax.export.symbolic_shape("b")
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (sparse["params"], sparse["sparsity"])
+    )
+    apply = lambda p, s, x: model.apply({"params": p, "sparsity": s}, x)
+    exported = jax.export.export(jax.jit(apply))(*shapes, jax.ShapeDtypeStruct((b, 32), jnp.float32))
+    SHARP(exported.call(sparse["params"], sparse["sparsity"], x), model.apply(sparse, x))
+    dense = msbp.densify(sparse)
+    norm = lambda f: lambda x: jnp.sum(jax.grad(lambda x: jnp.sum(jnp.sin(f(x))))(x) ** 2)
+    got = jax.grad(norm(lambda x: model.apply(sparse, x)))(x)
+    SHARP(got, jax.grad(norm(lambda x: MLP().apply(dense, x)))(x))
+    assert {row.backend for row in model.report(sparse, x).weights} == {"xla, dense"}
+    wrapped = msbp.sparse_weights(msbp.sparse_vjp(MLP(), msbp.dithered(2), backend="xla"))
+    assert {row.backend for row in wrapped.report(sparse, x).weights} == {"xla, dense"}
+    with pytest.raises(ValueError, match="There is no backend 'gpu' of sparse weights"):
+        msbp.sparse_weights(MLP(), backend="gpu")
+
+
+def test_what_leaves_a_branch_or_is_never_multiplied_is_in_the_report():
+    w, x = random_gradient(0, 12, 30), random_gradient(1, 5, 12)
+    sparse = msbp.prune({"params": {"kernel": w, "other": w}}, density=0.1, include=["kernel"])
+    cast = lambda w: w.astype(jnp.bfloat16)
+    f = msbp.sparse_weights(lambda p, x: x.astype(jnp.bfloat16) @ jax.lax.cond(x.sum() > 0, cast, cast, p["kernel"]))
+    (row,) = f.report(sparse["params"], sparse["sparsity"], x).weights
+    assert "what a branch returns sees the dense weight; no product with it is sparse" in row.warning
+    g = msbp.sparse_weights(lambda p, x: (x @ p["other"], p["kernel"]))
+    dense = msbp.densify(sparse)["params"]["kernel"]
+    SHARP(g(sparse["params"], sparse["sparsity"], x)[1], dense)
+    (row,) = g.report(sparse["params"], sparse["sparsity"], x).weights
+    assert "what the model returns sees the dense weight" in row.warning
+
+
+def test_a_weight_used_twice_and_parameters_in_a_list():
+    w, x = random_gradient(0, 20, 20), random_gradient(1, 5, 20)
+    f = lambda params, x: jnp.tanh(jnp.tanh(x @ params[0]) @ params[0].T) @ params[1]
+    sparse = msbp.prune({"params": [w, 2 * w]}, density=0.15, include=["*"])
+    g, dense = msbp.sparse_weights(f), msbp.densify(sparse)["params"]
+    loss = lambda f: lambda p, *rest: jnp.sum(jnp.sin(f(p, *rest)))
+    got = jax.grad(loss(g))(sparse["params"], sparse["sparsity"], x)
+    want = jax.grad(loss(f))(dense, x)
+    SHARP(msbp.densify({**sparse, "params": got})["params"], masked(sparse, want))
+    rows = g.report(sparse["params"], sparse["sparsity"], x).weights
+    assert [row.products for row in rows] == [2, 1]
+
+
+def test_a_function_with_its_memory_among_the_parameters():
+    w, x = random_gradient(0, 20, 30), random_gradient(1, 8, 20)
+    sparse = msbp.prune({"params": {"kernel": w}}, density=0.2)
+    f = lambda p, x: x @ p["kernel"]
+    g = msbp.sparse_weights(msbp.sparse_vjp(f, msbp.memorized(msbp.top_k(k=4), decay=0.5), min_features=1))
+    params = g.with_memory(sparse["params"], sparse["sparsity"], x)
+    grads = jax.grad(lambda p: jnp.sum(jnp.sin(g(p, sparse["sparsity"], x))))(params)
+    assert grads["params"]["kernel"].shape == (120,)
+    again = g.with_memory(params, sparse["sparsity"], x[:4])
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+
+
 def test_what_is_refused():
     x = jnp.ones((3, 32))
     model, sparse, _ = twins(MLP(), x)
@@ -398,4 +484,19 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="is differentiated without its memory"):
         jax.grad(lambda p: wrapped.apply({**sparse, "params": p}, x).sum())(sparse["params"])
     assert "sparse_weights(sparse_vjp(MLP" in repr(wrapped)
+    for of in (model, msbp.sparse_weights(lambda w, x: x @ w)):
+        with pytest.raises(TypeError, match="The order is the other one"):
+            msbp.sparse_vjp(of, msbp.dithered(2))
+    with pytest.raises(TypeError, match="is a Linen module: call it as"):
+        model(x)
+    assert jax.tree.structure(model.init_with_output(KEY, x)[1]) == jax.tree.structure(model.lazy_init(KEY, x))
+    assert "Dense_0" in model.tabulate(KEY, x)
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return msbp.sparse_weights(nn.Dense(3)).init(KEY, x)
+
+    with pytest.raises(ValueError, match="was called inside a Linen module, on its part Dense"):
+        Outer().init(KEY, x)
     assert repr(msbp.sparse_weights(lambda w, x: x @ w)).startswith("sparse_weights(")

@@ -82,9 +82,21 @@ def _with_memory():
     return model
 
 
+def test_closed_over_and_mapped():
+    """A call that writes nothing touches no Variable."""
+    model = msbp.sparse_weights(nnx.Linear(32, 40, rngs=nnx.Rngs(0)))
+    model.prune(density=0.2)
+    want = model(X)
+    np.testing.assert_allclose(jax.jit(lambda x: model(x))(X), want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.vmap(model)(X), want, rtol=1e-5, atol=1e-5)
+    assert jax.grad(lambda x: model(x).sum())(X).shape == X.shape
+
+
 def test_what_is_refused():
     model, _ = twins()
     with pytest.raises(ValueError, match="are sparse already"):
         model.prune(density=0.1)
+    with pytest.raises(TypeError, match="The order is the other one"):
+        msbp.sparse_vjp(model, msbp.dithered(2))
     with pytest.raises(TypeError, match="one wrapping is enough"):
         msbp.sparse_weights(model)

@@ -106,6 +106,15 @@ def test_from_a_state_dict_of_pytorch():
     np.testing.assert_allclose(found, np.asarray(x) @ state["fc.weight"].T, rtol=1e-5, atol=1e-6)
 
 
+def test_stacked_layers_with_biases():
+    """Of what a pattern names, kernels alone are weights."""
+    blocks = {"Dense_0": {"kernel": jnp.ones((3, 5, 7)), "bias": jnp.ones((3, 7))}, "norm": {"scale": jnp.ones((3, 7))}}
+    sparse = msbp.prune({"params": {"blocks": blocks}}, density=0.2, stacked=["blocks/*"])
+    assert sparse["params"]["blocks"]["Dense_0"]["kernel"].shape == (3, 7)
+    assert sparse["params"]["blocks"]["Dense_0"]["bias"].shape == (3, 7)
+    assert list(sparse["sparsity"]["blocks"]) == ["Dense_0"]
+
+
 def test_stacked_layers_are_padded_to_one_length():
     w = jax.random.normal(KEY, (3, 5, 7))
     mask = np.abs(w) > 0.8
@@ -141,6 +150,11 @@ def test_whole_blocks_by_their_norms():
         ({"density": 0.1, "method": "random"}, ValueError, "needs a key"),
         ({"density": 0.1, "key": KEY}, ValueError, "takes no key"),
         ({"density": 0.1, "method": "random", "scope": "global", "key": KEY}, ValueError, "no order among layers"),
+        ({"density": 0.1, "include": "*/kernel"}, TypeError, "include takes a list of patterns, got the string"),
+        ({"density": 0.1, "input_axes": {"a/kernel": 0}}, ValueError, "1 or more, by pattern; got 0"),
+        ({"masks": {"a": {"kernel": W > 0}}, "method": "random"}, ValueError, "Masks say all"),
+        ({"masks": {"a": {"kernel": W > 0}}, "include": ["a/*"]}, ValueError, "Masks say all"),
+        ({"masks": {"a": {"kernel": W > 0}}, "block": 4}, ValueError, r"block must be \(inputs, features\)"),
         ({"density": 0.1, "include": ["c/*"]}, ValueError, "include: 'c/\\*' matches none of the parameters"),
         ({"density": 0.1, "stacked": ["c/*"]}, ValueError, "stacked: 'c/\\*' matches none"),
         ({"density": 0.1, "input_axes": {"c/*": 1}}, ValueError, "input_axes: 'c/\\*' matches none"),
@@ -176,6 +190,15 @@ def test_other_things_that_are_refused():
     shapes = jax.eval_shape(lambda: {"params": VARIABLES["params"]})
     with pytest.raises(TypeError, match="is a shape without numbers"):
         msbp.prune(shapes, density=0.1)
+    with pytest.raises(TypeError, match="a shape without numbers: values"):
+        msbp.prune(shapes, masks={"a": {"kernel": W > 0}})
+    with pytest.raises(ValueError, match='densify takes variables with collections "params"'):
+        msbp.densify({"a": W})
+    for clash in ({"a/b": W, "a": {"b": W}}, {"a": W, "a/b": W}):
+        with pytest.raises(ValueError, match="is of two parameters, or of one and of a group"):
+            msbp.prune({"params": clash}, density=0.1, include=["*"])
+    with pytest.raises(TypeError, match="is no weight to prune"):
+        msbp.prune({"params": {"kernel": W.astype(jnp.complex64)}}, density=0.1)
     with pytest.raises(TypeError, match="A mask must be boolean"):
         pattern_of(np.ones((3, 4)))
     with pytest.raises(ValueError, match=r"up to 2\^31 entries"):

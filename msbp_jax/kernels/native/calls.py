@@ -134,7 +134,7 @@ def call(
 _NOT_EXPORTED = (
     "jax.export cannot write native kernels into a file, which another machine may not have. Export a program "
     "without them: "
-    'pass backend="xla" to sparse_vjp.'
+    'pass backend="xla" to sparse_vjp or sparse_weights.'
 )
 
 

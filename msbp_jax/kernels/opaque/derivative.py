@@ -22,7 +22,7 @@ def without_derivative[T](op: str, kind: str, call: Callable[..., T]) -> Callabl
     def _refuse(primals: Any, tangents: Any) -> Any:
         raise NotImplementedError(
             f"{op} ran in a {kind} kernel, which has no derivative, so the sparse backward cannot be differentiated a "
-            'second time. For second derivatives pass backend="xla" to sparse_vjp.'
+            'second time. For second derivatives pass backend="xla" to sparse_vjp, or to sparse_weights.'
         )
 
     return guarded

@@ -17,6 +17,7 @@ from typing import Any, Final
 import jax
 from jaxtyping import Array, Float
 
+from msbp_jax import _compat
 from msbp_jax.kernels.choice import target
 from msbp_jax.kernels.native import calls
 from msbp_jax.kernels.weights import native, tiles, xla
@@ -111,7 +112,7 @@ def chosen(pattern: Pattern, *dtypes: Any) -> str:
 
 
 def _chosen(backend: str | None, pattern: Pattern, first: jax.Array, second: jax.Array) -> str:
-    if 0 in (*first.shape, *second.shape):
+    if _compat.is_symbolic(*first.shape, *second.shape) or 0 in (*first.shape, *second.shape):
         return "xla"
     if backend == "native":
         calls.check(first, second)

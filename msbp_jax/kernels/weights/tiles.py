@@ -40,9 +40,9 @@ def times(
     taken, given = (tiles.at_feature, tiles.at_input) if turned else (tiles.at_input, tiles.at_feature)
     blocks = x.reshape(-1, inner // size, size).at[:, taken].get(mode="fill", fill_value=0)
     dtype = accumulation_dtype(x.dtype, values.dtype)
-    made = jnp.einsum(
-        "rtj,tij->rti" if turned else "rti,tij->rtj", blocks.astype(dtype), w.astype(dtype), precision=precision
-    )
+    letters = "rtj,tij->rti" if turned else "rti,tij->rtj"
+    kind = jnp.promote_types(blocks.dtype, w.dtype)
+    made = jnp.einsum(letters, blocks.astype(kind), w.astype(kind), precision=precision, preferred_element_type=dtype)
     y = jnp.zeros((len(x), outer // out_size, out_size), dtype).at[:, given].add(made, mode="drop")
     return y.reshape(len(x), outer)
 
@@ -52,12 +52,12 @@ def gradient(
 ) -> Float[Array, " entries"]:
     """See `msbp_jax.kernels.weights.gradient`."""
     tiles, (height, width) = _tiles(pattern), _block(pattern)
-    dtype = accumulation_dtype(x.dtype, g.dtype)
+    dtype, kind = accumulation_dtype(x.dtype, g.dtype), jnp.promote_types(x.dtype, g.dtype)
     cut = lambda array, size, at: (
-        array.reshape(len(array), -1, size).at[:, at].get(mode="fill", fill_value=0).astype(dtype)
+        array.reshape(len(array), -1, size).at[:, at].get(mode="fill", fill_value=0).astype(kind)
     )
     of_x, of_g = cut(x, height, tiles.at_input), cut(g, width, tiles.at_feature)
-    made = jnp.einsum("rti,rtj->tij", of_x, of_g, precision=precision)
+    made = jnp.einsum("rti,rtj->tij", of_x, of_g, precision=precision, preferred_element_type=dtype)
     return jnp.zeros(pattern.entries, dtype).at[tiles.entries].set(made, mode="drop", unique_indices=True)
 
 
