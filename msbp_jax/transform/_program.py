@@ -271,7 +271,7 @@ def trace(
 
 
 def _dense_type(weight: SparseWeight) -> Any:
-    """Return shape and dtype of the dense weight; within `shard_map`, where types say more, an array that is dropped."""
+    """Return shape and dtype of the dense weight; in `shard_map`, where types say more, an array that is dropped."""
     if isinstance(weight.values, _compat.Tracer) and _compat.varies(weight.values):
         return _compat.varying_like(jnp.zeros(weight.shape, weight.dtype), weight.values)
     return jax.ShapeDtypeStruct(weight.shape, weight.dtype)
