@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,7 +25,6 @@ class Size:
     length: int = 1024
     batch: int = 16
     steps: int = 300
-    attention: Literal["xla", "cudnn"] = "xla"
 
 
 class Block(nn.Module):
@@ -39,7 +38,7 @@ class Block(nn.Module):
         size, half = self.size, jnp.bfloat16
         h = nn.Dense(3 * size.width, dtype=half, name="qkv")(nn.LayerNorm(dtype=half)(x))
         q, k, v = (part.reshape(*part.shape[:2], size.heads, -1) for part in jnp.split(h, 3, axis=-1))
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=size.attention).reshape(x.shape)
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
         x = x + nn.Dense(size.width, dtype=half, name="out")(y)
         h = nn.gelu(nn.Dense(4 * size.width, dtype=half, name="up")(nn.LayerNorm(dtype=half)(x)))
         return x + nn.Dense(size.width, dtype=half, name="down")(h), None
