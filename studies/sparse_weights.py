@@ -28,7 +28,7 @@ import msbp_jax as msbp
 from benchmarks.data import cifar, mnist
 from benchmarks.data.images import Images
 from benchmarks.helpers import machine
-from benchmarks.helpers.networks import MLP
+from benchmarks.helpers.networks import MLP, NERVA
 
 PARTS = ("scratch", "nerva", "transfer")
 
@@ -170,7 +170,7 @@ def _scratch(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
 
 def _nerva(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     images = mnist.load(None) if args.data is None else _flat(cifar.centred(args.data))
-    module = _Nerva()
+    module = NERVA
     params = module.init(jax.random.key(seed), jnp.asarray(images.train_x[:1]))["params"]
     tx = optax.sgd(optax.cosine_decay_schedule(0.01, args.epochs * (len(images.train_y) // 100)), momentum=0.9)
     networks = {"dense": dense(module, params)}
@@ -207,17 +207,6 @@ def _flat(images: Images) -> Images:
     return images._replace(
         train_x=images.train_x.reshape(len(images.train_x), -1), test_x=images.test_x.reshape(len(images.test_x), -1)
     )
-
-
-class _Nerva(nn.Module):
-    """The network of Nerva's tables."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return logits `[batch, 10]`."""
-        for width in (1024, 512):
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(10)(x)
 
 
 _PARTS: dict[str, Callable[[argparse.Namespace, int], list[dict[str, Any]]]] = {

@@ -29,8 +29,8 @@ class Setting(NamedTuple):
         "top-k",
         "MSBP",
         "MSBP, whole batch",
-        "rows",
-        "rows, 1/4",
+        "half of the sequences",
+        "rows, 1/4 of the words",
         "dithered, 8 bits",
     )
 

@@ -20,7 +20,7 @@ import optax
 
 from benchmarks.data import cifar, mnist
 from benchmarks.data.images import Images
-from benchmarks.helpers.networks import CNN
+from benchmarks.helpers.networks import CNN, Hidden
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +42,6 @@ class Task:
     optimizer: optax.GradientTransformation
     batch: int
     epochs: int
-
-
-class LeNet300(nn.Module):
-    """Two hidden layers, 300 and 100 wide."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return logits `[batch, 10]`."""
-        for width in (300, 100):
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(10)(x)
 
 
 class LeNet(nn.Module):
@@ -99,7 +88,7 @@ def _task(module: nn.Module, images: Images, optimizer: optax.GradientTransforma
 
 
 TASKS: dict[str, Callable[[pathlib.Path | None], Task]] = {
-    "mlp": _on_mnist(LeNet300(), 0.1, 6),
+    "mlp": _on_mnist(Hidden((300, 100)), 0.1, 6),
     "lenet": _on_mnist(LeNet(), 0.02, 2),
     "cifar": _cifar,
 }

@@ -28,6 +28,22 @@ class MLP(nn.Module):
         return nn.Dense(10)(x)
 
 
+class Hidden(nn.Module):
+    """Hidden layers of given widths, and ten classes."""
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return logits `[batch, 10]`."""
+        for width in self.widths:
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(10)(x)
+
+
+NERVA = Hidden((1024, 512))  # of Nerva's tables: 3072-1024-512-10
+
+
 class Transformer(nn.Module):
     """A small causal language model."""
 

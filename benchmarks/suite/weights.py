@@ -6,14 +6,13 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 import msbp_jax as msbp
-from benchmarks.helpers.networks import MLP, step_of
+from benchmarks.helpers.networks import MLP, NERVA, step_of
 from benchmarks.helpers.records import Row
 from benchmarks.helpers.timing import Timed, medians, timed, training
 from benchmarks.suite.context import Context
@@ -64,18 +63,7 @@ def measure(context: Context) -> Iterator[Row]:
             yield row | {"backend": backend}
 
 
-class Nerva(nn.Module):
-    """The network of Nerva's tables, 3072-1024-512-10."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return logits `[batch, 10]`."""
-        for width in (1024, 512):
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(10)(x)
-
-
-NETWORKS = (("3072-1024-512-10", Nerva(), 3072, 100), ("784-2048-2048-10", MLP(2048, 3), 784, 1024))
+NETWORKS = (("3072-1024-512-10", NERVA, 3072, 100), ("784-2048-2048-10", MLP(2048, 3), 784, 1024))
 
 
 def measure_steps(context: Context) -> Iterator[Row]:

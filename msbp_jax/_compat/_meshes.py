@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -41,8 +42,7 @@ def varying_alike(arrays: Any) -> tuple[list[Any], bool, Any]:
 
 def varying_like(array: Any, like: Any) -> Any:
     """Return an array made to vary over the mesh axes, under `shard_map`, over which another does."""
-    missing = jax.typeof(like).manual_axis_type.varying - jax.typeof(array).manual_axis_type.varying
-    return jax.lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array
+    return varying_over(array, jax.typeof(like).manual_axis_type.varying)
 
 
 def varies(array: Any) -> bool:
@@ -50,7 +50,7 @@ def varies(array: Any) -> bool:
     return bool(jax.typeof(array).manual_axis_type.varying)
 
 
-def varying_over(array: Any, axes: tuple[str, ...]) -> Any:
+def varying_over(array: Any, axes: Iterable[str]) -> Any:
     """Return an array made to vary over mesh axes, under `shard_map`, those over which it does not yet."""
     missing = set(axes) - jax.typeof(array).manual_axis_type.varying
     return jax.lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array

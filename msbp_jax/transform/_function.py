@@ -13,8 +13,7 @@ from msbp_jax.carriers import Carried, opened, with_memory, without_memory
 from msbp_jax.sparsifiers._base import State
 from msbp_jax.transform._plan import Plan
 from msbp_jax.transform._program import Program, trace
-from msbp_jax.transform._report import Report, make_report
-from msbp_jax.transform._sparse_uses import describe
+from msbp_jax.transform._report import Report
 from msbp_jax.weights import is_sparse
 
 
@@ -131,9 +130,7 @@ class SparseFunction:
           ValueError: There are no parameters, no contraction with one, or a pattern of the plan matches nothing.
         """
         params, _ = _without_memory(params)
-        program = self._program(params, args, kwargs)
-        program.check_plan()
-        return make_report(program.sites, program.outputs, self._backend, [describe(*of) for of in program.weights])
+        return self._program(params, args, kwargs).report()
 
     def __repr__(self) -> str:
         """Return the wrapped function and the plan."""

@@ -22,10 +22,11 @@ from msbp_jax.transform._evaluate import Placed, evaluate
 from msbp_jax.transform._outputs import Outputs, find_outputs
 from msbp_jax.transform._plan import Plan
 from msbp_jax.transform._remembers import Remembers, check_memory, init_memory
+from msbp_jax.transform._report import Report, make_report
 from msbp_jax.transform._sites import Site, name_sites
 from msbp_jax.transform._sources import CONSTANT, DATA, Source
 from msbp_jax.transform._sparse_operands import dense
-from msbp_jax.transform._sparse_uses import Use, find_uses
+from msbp_jax.transform._sparse_uses import describe, find_uses
 from msbp_jax.weights import SparseWeight, is_sparse
 
 
@@ -38,7 +39,7 @@ class Program:
       arguments: Those arrays; ShapeDtypeStructs where the call was abstract.
       parameters: Path and shape of each parameter leaf.
       sites: Its contractions.
-      weights: Its sparse weights: path, the weight, and its uses.
+      weights: Its sparse weights, by the number of their parameter.
       outputs: The gradient that enters it, if the plan names it.
       rebuild: Turns the jaxpr's results into the function's result.
       plan: Which sparsifier each site gets.
@@ -50,7 +51,7 @@ class Program:
     arguments: list[Any]
     parameters: list[tuple[str, int]]
     sites: list[Site]
-    weights: list[tuple[str, SparseWeight, list[Use]]]
+    weights: dict[int, SparseWeight]
     outputs: Outputs | None
     rebuild: Callable[[list[Any]], Any]
     plan: Plan
@@ -130,6 +131,22 @@ class Program:
             states[site.found.place] = SiteState(state, _as_given(site, carriers))
         results = list(map(dense, evaluate(self.jaxpr, self.arguments, placed, states)))
         return self.rebuild(self._entered(results, memory))
+
+    def report(self) -> Report:
+        """Return what is sparse and what stays dense, and why.
+
+        Raises:
+          ValueError: A pattern of the plan matches nothing, or can never apply.
+        """
+        self.check_plan()
+        uses = find_uses(self.jaxpr, self.weights) if self.weights else []
+        products = {use.place: use.operation for use in uses if use.operation is not None}
+        sites = [dataclasses.replace(s, operation=products.get(s.found.place, s.operation)) for s in self.sites]
+        weights = [
+            describe(self.parameters[number][0], weight, [use for use in uses if use.leaf == number])
+            for number, weight in self.weights.items()
+        ]
+        return make_report(sites, self.outputs, self.backend, weights)
 
     def run_plain(self) -> Any:
         """Return the function's result, with plain JAX's backward but for weights that are sparse."""
@@ -251,17 +268,12 @@ def trace(
             "arguments: what a function closes over is a constant."
         )
     sparse = {number: leaf for number, leaf in enumerate(leaves) if isinstance(leaf, SparseWeight)}
-    uses = find_uses(jaxpr, sparse) if sparse else []
-    products = {use.place: use.operation for use in uses if use.operation is not None}
     return Program(
         jaxpr=jaxpr,
         arguments=[*leaves, *traced],
         parameters=parameters,
-        sites=name_sites(found, parameters, plan, backend, products),
-        weights=[
-            (parameters[number][0], weight, [use for use in uses if use.leaf == number])
-            for number, weight in sparse.items()
-        ],
+        sites=name_sites(found, parameters, plan, backend),
+        weights=sparse,
         outputs=find_outputs(plan, jaxpr.out_avals, is_output, _name_of(function), backend),
         rebuild=rebuild,
         plan=plan,

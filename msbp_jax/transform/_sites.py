@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from msbp_jax.rules import Dims, Operation, Side, operation_of
 from msbp_jax.sparsifiers import Sparsifier
 from msbp_jax.sparsifiers._base import serving
 from msbp_jax.sparsifiers._where import Stays, Where, abstract_norms
-from msbp_jax.transform._discover import Found, Loop, Place
+from msbp_jax.transform._discover import Found, Loop
 from msbp_jax.transform._plan import Plan
 from msbp_jax.transform._remembers import Remembers
 
@@ -74,11 +74,7 @@ class Site(Remembers):
 
 
 def name_sites(
-    found: Sequence[Found],
-    parameters: Sequence[tuple[str, int]],
-    plan: Plan,
-    backend: str | None,
-    sparse: Mapping[Place, Operation],
+    found: Sequence[Found], parameters: Sequence[tuple[str, int]], plan: Plan, backend: str | None
 ) -> list[Site]:
     """Return the sites of a program.
 
@@ -87,7 +83,6 @@ def name_sites(
       parameters: Path and size of each parameter leaf.
       plan: Which sparsifier each site gets.
       backend: Which backend was asked for; None to choose.
-      sparse: The products with a sparse weight.
     """
     uses: collections.Counter[str] = collections.Counter()
     names = {}
@@ -100,10 +95,7 @@ def name_sites(
         elif uses[name] > 1:
             name = f"{name}#{uses[name]}"
         names[contraction.place] = name
-    sites = [_site(names[contraction.place], contraction, plan, backend) for contraction in found]
-    return (
-        [dataclasses.replace(s, operation=sparse.get(s.found.place, s.operation)) for s in sites] if sparse else sites
-    )
+    return [_site(names[contraction.place], contraction, plan, backend) for contraction in found]
 
 
 def _name(found: Found, parameters: Sequence[tuple[str, int]]) -> str:

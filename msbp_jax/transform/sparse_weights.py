@@ -17,9 +17,7 @@ from msbp_jax.transform._nnx import SparseNNXModule, is_nnx
 from msbp_jax.transform._plan import make_plan
 from msbp_jax.transform._report import Report
 from msbp_jax.transform._sparse_nnx import SparseWeightsNNXModule
-from msbp_jax.weights import with_patterns
-
-SPARSITY = "sparsity"
+from msbp_jax.weights import SPARSITY, with_patterns
 
 
 def sparse_weights(target: Any, *, backend: str | None = None) -> Any:

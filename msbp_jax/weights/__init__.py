@@ -4,6 +4,7 @@ from msbp_jax.weights._pattern import Pattern as Pattern
 from msbp_jax.weights._pattern import gathered as gathered
 from msbp_jax.weights._pattern import pattern_of as pattern_of
 from msbp_jax.weights._pattern import scattered as scattered
+from msbp_jax.weights._prune import SPARSITY as SPARSITY
 from msbp_jax.weights._prune import densify as densify
 from msbp_jax.weights._prune import prune as prune
 from msbp_jax.weights._sparse_weight import SparseWeight as SparseWeight

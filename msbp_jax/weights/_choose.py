@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import jax
@@ -112,6 +111,4 @@ def check_choice(density: object, method: object, scope: object, key: jax.Array 
         raise ValueError('method="random" needs a key: prune(..., key=jax.random.key(0)).')
     if method == "magnitude" and key is not None:
         raise ValueError('method="magnitude" draws nothing, and takes no key.')
-    if not math.isfinite(share):
-        raise ValueError(f"density must be finite, got {share}.")
     return share

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -63,13 +64,18 @@ class Pattern(struct.PyTreeNode):
         """Return the feature of each value, n for padding."""
         at = jnp.arange(self.entries, dtype=jnp.int32)
         find = lambda starts: jnp.searchsorted(starts[1:], at, side="right").astype(jnp.int32)
-        for _ in self.stacked:
-            find = jax.vmap(find)
-        return find(self.starts)
+        return _of_layers(self, find)(self.starts)
 
     def mask(self) -> Bool[Array, ...]:
         """Return a mask in the shape of the dense weight, True where there is an entry."""
         return scattered(self, jnp.ones(self.inputs.shape, bool))
+
+
+def _of_layers(pattern: Pattern, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Return a function of one layer's arrays, mapped over the axes of stacked layers."""
+    for _ in pattern.stacked:
+        function = jax.vmap(function)
+    return function
 
 
 def scattered(pattern: Pattern, values: jax.Array) -> jax.Array:
@@ -85,9 +91,7 @@ def scattered(pattern: Pattern, values: jax.Array) -> jax.Array:
         flat = jnp.zeros((m, n), values.dtype)
         return flat.at[inputs, features].set(values, mode="drop", unique_indices=True)
 
-    for _ in pattern.stacked:
-        one = jax.vmap(one)
-    dense = one(pattern.inputs, pattern.features_by_entry(), values)
+    dense = _of_layers(pattern, one)(pattern.inputs, pattern.features_by_entry(), values)
     return dense.reshape(*pattern.stacked, *pattern.shape)
 
 
@@ -98,9 +102,7 @@ def gathered(pattern: Pattern, dense: jax.Array) -> jax.Array:
     def one(inputs: jax.Array, features: jax.Array, matrix: jax.Array) -> jax.Array:
         return matrix.at[inputs, features].get(mode="fill", fill_value=0)
 
-    for _ in pattern.stacked:
-        one = jax.vmap(one)
-    return one(pattern.inputs, pattern.features_by_entry(), dense.reshape(*pattern.stacked, m, n))
+    return _of_layers(pattern, one)(pattern.inputs, pattern.features_by_entry(), dense.reshape(*pattern.stacked, m, n))
 
 
 def pattern_of(mask: Any, *, input_axes: int = 1, stacked: int = 0, block: tuple[int, int] | None = None) -> Pattern:

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from benchmarks.accelerator import __main__ as accelerator
+from benchmarks.accelerator.setting import Setting
+from benchmarks.helpers import language_model
 
 
 def test_accelerator(tmp_path, capsys):
@@ -32,6 +34,11 @@ def test_accelerator(tmp_path, capsys):
     accelerator.main(arguments)
     assert capsys.readouterr().out.count("--again measures it again") == 6
     assert json.loads((tmp_path / "accelerator.json").read_text()) == result
+
+
+def test_the_methods_of_the_full_run_are_there():
+    """The small run has some of them only."""
+    assert set(Setting().backwards) <= set(language_model.methods(1 / 8, 1024))
 
 
 def test_a_cpu_is_refused(capsys):

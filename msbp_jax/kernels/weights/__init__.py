@@ -23,6 +23,8 @@ from msbp_jax.kernels.native import calls
 from msbp_jax.kernels.weights import native, tiles, xla
 from msbp_jax.weights import Pattern
 
+_BACKENDS: Final = {"native": native, "tiles": tiles, "xla": xla}
+
 # Share of the entries below which lists are faster than dense products of a weight that must be made first: at a half
 # of the entries they are, for all shapes of `python -m benchmarks weights`.
 LISTS_BELOW: Final = 0.7
@@ -52,12 +54,8 @@ def times(
     Raises:
       NotImplementedError: The backend that is named cannot.
     """
-    match _chosen(backend, pattern, values, x):
-        case "native":
-            return native.times(x, values, pattern, turned)
-        case "tiles":
-            return tiles.times(x, values, pattern, turned, precision)
-    return xla.times(x, values, pattern, turned, precision)
+    run = _BACKENDS[_chosen(backend, pattern, values, x)]
+    return run.times(x, values, pattern, turned, precision)
 
 
 def gradient(
@@ -80,12 +78,7 @@ def gradient(
     Raises:
       NotImplementedError: The backend that is named cannot.
     """
-    match _chosen(backend, pattern, x, g):
-        case "native":
-            return native.gradient(x, g, pattern)
-        case "tiles":
-            return tiles.gradient(x, g, pattern, precision)
-    return xla.gradient(x, g, pattern, precision)
+    return _BACKENDS[_chosen(backend, pattern, x, g)].gradient(x, g, pattern, precision)
 
 
 def break_even(rows: int) -> float:
