@@ -1,8 +1,10 @@
 """What networks with sparse weights reach, and in what time, beside dense ones: from scratch, and after pruning.
 
-scratch    an MLP on MNIST, dense and with a random pattern that stays (Erdos-Renyi), by SGD with momentum
+scratch    an MLP on MNIST, dense and with a random pattern that stays (Erdos-Renyi), by SGD with momentum; with
+           --longer 2 also twice as many epochs of the sparse ones, which are shorter
 nerva      3072-1024-512-10 on the pixels of CIFAR-10, batch 100, the same, at several densities
-transfer   an MLP trained on MNIST's 0 to 4, dense; then on 5 to 9: all of it, and what pruning leaves
+transfer   MLPs trained dense on classes 0 to 4 of MNIST, and of CIFAR-10; then on 5 to 9: all of it, and what pruning
+           leaves
 
 For each: accuracy after every epoch, seconds of training (compiling apart, tests apart), bytes of parameters and state.
 Networks take turns, epoch by epoch.
@@ -41,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--longer", type=int, default=1, help="how many times the epochs, from scratch, sparse")
     parser.add_argument("--width", type=int, default=1024, help="of the MLPs on MNIST")
     parser.add_argument(
         "--densities", type=float, nargs="*", help="0.1 from scratch, .1 .05 .01 for nerva, .05 in transfer"
@@ -81,14 +84,25 @@ def pruned(module: nn.Module, params: Any, density: float, **options: Any) -> Ne
     return Network(variables["params"], variables["sparsity"], apply)
 
 
+class Training(NamedTuple):
+    """How networks are trained: an optimizer for a number of steps, and examples of a step."""
+
+    tx: Callable[[int], optax.GradientTransformation]
+    batch: int
+
+
 def trained(
-    networks: dict[str, Network], images: Images, tx: optax.GradientTransformation, batch: int, epochs: int, seed: int
+    networks: dict[str, Network], images: Images, how: Training, epochs: int | dict[str, int], seed: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Train networks in turn, epoch by epoch; return what they reach, and their parameters."""
-    runs = {name: _Run(network, images, tx, batch) for name, network in networks.items()}
-    for epoch in range(epochs):
+    many = epochs if isinstance(epochs, dict) else dict.fromkeys(networks, epochs)
+    steps = len(images.train_y) // how.batch
+    runs = {name: _Run(network, images, how.tx(steps * many[name]), how.batch) for name, network in networks.items()}
+    for epoch in range(max(many.values())):
         order = np.random.default_rng((seed, epoch)).permutation(len(images.train_y))
         for name, one in runs.items():
+            if epoch >= many[name]:
+                continue
             one.epoch(order)
             print(
                 f"{images.name}, epoch {epoch + 1}, {name}: {one.accuracy[-1]:.2f} %, {one.seconds[-1]:.1f} s",
@@ -161,36 +175,48 @@ def _of(images: Images, classes: range) -> Images:
 def _scratch(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     images, module = mnist.load(args.data), MLP(args.width, 3)
     params = module.init(jax.random.key(seed), jnp.asarray(images.train_x[:1]))["params"]
-    tx = optax.sgd(optax.cosine_decay_schedule(0.1, args.epochs * (len(images.train_y) // 128)), momentum=0.9)
-    networks = {"dense": dense(module, params)}
+    networks, epochs = {"dense": dense(module, params)}, {"dense": args.epochs}
     for density in args.densities or [0.1]:
-        networks[f"density {density:g}"] = _random(module, params, density, seed)
-    return trained(networks, images, tx, 128, args.epochs, seed)[0]
+        for longer in sorted({1, args.longer}):
+            name = f"density {density:g}" + (f", {longer} x the epochs" if longer > 1 else "")
+            networks[name], epochs[name] = _random(module, params, density, seed), longer * args.epochs
+    return trained(networks, images, _decayed(0.1, 128), epochs, seed)[0]
 
 
 def _nerva(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     images = mnist.load(None) if args.data is None else _flat(cifar.centred(args.data))
     module = NERVA
     params = module.init(jax.random.key(seed), jnp.asarray(images.train_x[:1]))["params"]
-    tx = optax.sgd(optax.cosine_decay_schedule(0.01, args.epochs * (len(images.train_y) // 100)), momentum=0.9)
     networks = {"dense": dense(module, params)}
     for density in args.densities or [0.1, 0.05, 0.01]:
         networks[f"density {density:g}"] = _random(module, params, density, seed)
-    return trained(networks, images, tx, 100, args.epochs, seed)[0]
+    return trained(networks, images, _decayed(0.01, 100), args.epochs, seed)[0]
 
 
 def _transfer(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
-    images, module = mnist.load(args.data), MLP(args.width, 3)
+    found = _transferred(args, seed, mnist.load(args.data), MLP(args.width, 3), 0.05)
+    if args.data is None:
+        return found
+    return found + _transferred(args, seed, _flat(cifar.centred(args.data)), NERVA, 0.01)
+
+
+def _transferred(
+    args: argparse.Namespace, seed: int, images: Images, module: nn.Module, rate: float
+) -> list[dict[str, Any]]:
     before, after = _of(images, range(5)), _of(images, range(5, 10))
     params = module.init(jax.random.key(seed), jnp.asarray(images.train_x[:1]))["params"]
-    tx = optax.sgd(0.05, momentum=0.9)
-    first, ended = trained({"dense": dense(module, params)}, before, tx, 128, args.epochs, seed)
+    how = Training(lambda _: optax.sgd(rate, momentum=0.9), 128)
+    first, ended = trained({"dense": dense(module, params)}, before, how, args.epochs, seed)
     start = ended["dense"]
     networks = {"dense": dense(module, start)}
     for density in args.densities or [0.05]:
         networks[f"density {density:g}"] = pruned(module, start, density, scope="global")
-    found = [{"stage": "before", **run} for run in first]
-    return found + [{"stage": "after", **run} for run in trained(networks, after, tx, 128, args.epochs, seed)[0]]
+    then = trained(networks, after, how, args.epochs, seed)[0]
+    return [{"data": one.name, **run} for one, runs in ((before, first), (after, then)) for run in runs]
+
+
+def _decayed(rate: float, batch: int) -> Training:
+    return Training(lambda steps: optax.sgd(optax.cosine_decay_schedule(rate, steps), momentum=0.9), batch)
 
 
 def _random(module: nn.Module, params: Any, density: float, seed: int) -> Network:

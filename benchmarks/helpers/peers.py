@@ -16,7 +16,7 @@ _SETTLE_SECONDS = 0.02
 
 
 class Torch:
-    """PyTorch in another process; `reason` says why there is none.
+    """PyTorch in another process; `reason` says why there is none, `missing` why another library is not with it.
 
     Args:
       python: Interpreter that has PyTorch; this one by default.
@@ -24,6 +24,7 @@ class Torch:
 
     def __init__(self, python: str | None = None) -> None:
         self.reason, self.version = "", ""
+        self.missing: dict[str, str] = {}
         worker = pathlib.Path(__file__).with_name("torch_worker.py")
         self._process = subprocess.Popen(
             [python or sys.executable, str(worker)],
@@ -34,14 +35,20 @@ class Torch:
         )
         hello = self._read()
         if hello:
-            self.version = json.loads(hello)["version"]
+            said = json.loads(hello)
+            self.version, self.missing = said["version"], said["missing"]
             return
         errors = self._process.communicate()[1].strip().splitlines()
         self.reason = f"PyTorch did not start: {errors[-1] if errors else 'no output'}. Install msbp-jax[bench]."
+        self.missing = {"sparseprop": "SparseProp runs with PyTorch."}
 
     def layer(self, name: str, **arguments: Any) -> Timed:
         """Return a timed call of a layer's backward; see `torch_worker.layer`."""
         return self._candidate(name, {"layer": arguments})
+
+    def linear(self, name: str, **arguments: Any) -> Timed:
+        """Return a timed call of a layer's forward and backward; see `torch_worker.linear`."""
+        return self._candidate(name, {"linear": arguments})
 
     def step(self, name: str, **arguments: Any) -> Timed:
         """Return a timed call of a training step; see `torch_worker.step`."""

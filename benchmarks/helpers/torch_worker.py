@@ -1,8 +1,8 @@
 """PyTorch's side of the comparison: a process that builds problems and times one call of each when asked.
 
-It runs alone, with any interpreter that has PyTorch, reads a JSON object a line and answers with one: {"layer": ...} or
-{"step": ...} build a candidate under a name, {"time": name} makes one call and answers with its seconds. So that its
-threads and XLA's never work at the same time, and the caller can interleave both.
+It runs alone, with any interpreter that has PyTorch, reads a JSON object a line and answers with one: {"layer": ...},
+{"linear": ...} or {"step": ...} build a candidate under a name, {"time": name} makes one call and answers with its
+seconds. So that its threads and XLA's never work at the same time, and the caller can interleave both.
 
 meProp is written from the description in its paper (Sun et al., 2017): "simple" keeps the k largest entries of each
 example's gradient, "unified" the k columns with the largest sum of absolute values over the batch.
@@ -10,6 +10,7 @@ example's gradient, "unified" the k columns with the largest sum of absolute val
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -98,6 +99,37 @@ def layer(rows: int, m: int, n: int, density: float, method: str) -> Callable[[]
     return call
 
 
+def linear(rows: int, m: int, n: int, density: float, library: str) -> Callable[[], object]:
+    """Return a call of a linear layer's forward and backward: of PyTorch, or of SparseProp with entries anywhere."""
+    torch.manual_seed(0)
+    w = torch.randn(n, m) * (torch.rand(n, m) < density) / m**0.5
+    if library == "sparseprop":
+        from sparseprop.modules import SparseLinear as WithEntries
+
+        module: nn.Module = WithEntries(w)
+    else:
+        module = nn.Linear(m, n, bias=False)
+        module.weight.data.copy_(w)
+    x, g = torch.randn(rows, m, requires_grad=True), torch.randn(rows, n)
+
+    def call() -> object:
+        x.grad = None
+        module.zero_grad(set_to_none=True)
+        module(x).backward(g)
+        return x.grad
+
+    return call
+
+
+def peers() -> dict[str, str]:
+    """Return, for each library beside PyTorch, why it cannot be asked; nothing where it can."""
+    try:
+        importlib.import_module("sparseprop.modules")
+    except Exception as error:
+        return {"sparseprop": f"SparseProp did not start: {error}. Build it from github.com/IST-DASLab/sparseprop."}
+    return {}
+
+
 def step(width: int, depth: int, batch: int, density: float, method: str, optimizer: str) -> Callable[[], object]:
     """Return a call of one training step of an MLP with `depth` linear layers, 784 inputs and ten classes."""
     torch.manual_seed(0)
@@ -125,7 +157,8 @@ def step(width: int, depth: int, batch: int, density: float, method: str, optimi
 def main() -> None:
     """Answer until the input ends."""
     calls: dict[str, Callable[[], object]] = {}
-    print(json.dumps({"version": torch.__version__, "threads": torch.get_num_threads()}), flush=True)
+    hello = {"version": torch.__version__, "threads": torch.get_num_threads(), "missing": peers()}
+    print(json.dumps(hello), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         if "time" in request:
@@ -138,7 +171,7 @@ def main() -> None:
         else:
             name = request.pop("name")
             kind, arguments = request.popitem()
-            makers: dict[str, Callable[..., Callable[[], object]]] = {"layer": layer, "step": step}
+            makers: dict[str, Callable[..., Callable[[], object]]] = {"layer": layer, "linear": linear, "step": step}
             calls[name] = makers[kind](**arguments)
             answer = {}
         print(json.dumps(answer), flush=True)

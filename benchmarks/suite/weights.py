@@ -25,8 +25,10 @@ DENSITIES = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.01)
 def measure(context: Context) -> Iterator[Row]:
     """Yield, for each layer and density, dense forward and backward over those of the entries, and their rates.
 
-    "masked" are dense products of the weight with its zeros, which is made of the entries each time.
+    "masked" are dense products of the weight with its zeros, which is made of the entries each time. PyTorch's dense
+    layer and SparseProp's are peers where they are installed.
     """
+    torch = context.torch
     backend = "native" if kernels.native_is_available() else "xla"
     for rows, m, n in ((16, 24, 80),) if context.small else SHAPES:
         draw = np.random.default_rng(0)
@@ -49,7 +51,15 @@ def measure(context: Context) -> Iterator[Row]:
             for name in dict.fromkeys((backend, "xla")):
                 call = jax.jit(functools.partial(_sparse, name))
                 calls[f"{name} {density}"] = timed(call, x, values, pattern, g)
+        shape = {"rows": rows, "m": m, "n": n}
+        if not torch.reason:
+            calls["torch"] = torch.linear("torch", library="torch", density=1.0, **shape)
+        if not torch.missing:
+            for density in DENSITIES:
+                name = f"sparseprop {density}"
+                calls[name] = torch.linear(name, library="sparseprop", density=density, **shape)
         ms = medians(calls, context.rounds)
+        torch.forget()
         for density in DENSITIES:
             work = 2e-6 * rows * round(density * m * n)  # millions of operations of a product
             row: Row = {"rows x in x out": f"{rows}x{m}x{n}", "zeros, %": round(100 * (1 - density), 1)}
@@ -60,6 +70,11 @@ def measure(context: Context) -> Iterator[Row]:
             row["dense/masked"] = round(ms["dense"] / ms[f"xla {density}"], 2)
             row["dense/sparse, y"] = round(ms["dense y"] / ms[f"y {density}"], 2)
             row |= {f"{p}, GFLOP/s": round(work / ms[f"{p} {density}"]) for p in ("y", "dx", "dw")}
+            row["torch/dense"] = torch.reason or round(ms["torch"] / ms["dense"], 2)
+            peer = ms.get(f"sparseprop {density}")
+            row["sparseprop/sparse"] = (
+                round(peer / ms[f"{backend} {density}"], 2) if peer else torch.missing["sparseprop"]
+            )
             yield row | {"backend": backend}
 
 

@@ -39,7 +39,7 @@ def names(task: Task) -> list[str]:
     """Return the methods of a task in the order in which they are run."""
     dense = ["dense", "dense B/2", "dense B/4", "dense B/8"]
     rows = ["rows .95", "rows .95 B/4", "rows .95 B/8", "rows .9", "rows 1", UNIFORM] if task.samples_rows else []
-    return [*dense, *rows, "dithered 4", "top-k", "MSBP"]
+    return [*dense, *rows, "dithered 4", "dithered 4 B/8", "top-k", "MSBP"]
 
 
 def make(task: Task, name: str, density: float) -> Method:
@@ -64,6 +64,7 @@ def make(task: Task, name: str, density: float) -> Method:
         "rows 1": Method(1, msbp.sample_rows(efficiency=1.0)),
         UNIFORM: Method(1, uniform_rows(density), density),
         "dithered 4": Method(1, msbp.dithered(4)),
+        "dithered 4 B/8": Method(1 / 8, msbp.dithered(4)),
         "top-k": Method(1, top_k),
         "MSBP": Method(1, msbp.memorized(top_k, decay=0.8)),
     }[name]

@@ -50,6 +50,7 @@ from msbp_jax._compat._meshes import axes_of_spec as axes_of_spec
 from msbp_jax._compat._meshes import call_varying as call_varying
 from msbp_jax._compat._meshes import new_mesh_axes as new_mesh_axes
 from msbp_jax._compat._meshes import no_mesh as no_mesh
+from msbp_jax._compat._meshes import placed_like as placed_like
 from msbp_jax._compat._meshes import shard_map_like as shard_map_like
 from msbp_jax._compat._meshes import typed_like as typed_like
 from msbp_jax._compat._meshes import varies as varies

@@ -17,6 +17,12 @@ def zeros_placed_like(leaf: jax.Array, dtype: Any) -> jax.Array:
     return varying_like(zeros, leaf)
 
 
+def placed_like(array: Any) -> jax.ShapeDtypeStruct:
+    """Return an array's shape and dtype, and on a mesh of explicit axes where it lies."""
+    sharding = jax.typeof(array).sharding
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding if sharding.mesh.explicit_axes else None)
+
+
 def varying_alike(arrays: Any) -> tuple[list[Any], bool, Any]:
     """Return arrays made to vary over the same mesh axes under `shard_map`, as a foreign function wants them.
 

@@ -42,7 +42,10 @@ class SparseDot:
     backend: str | None = None
 
     def forward(self, *operands: jax.Array) -> jax.Array:
-        """Return the contraction itself."""
+        """Return the contraction itself, on a mesh of explicit axes placed as that with a dense weight is."""
+        return _compat.with_automatic_sharding(self._forward, operands, self._out(*operands[:2]))
+
+    def _forward(self, *operands: jax.Array) -> jax.Array:
         lhs, rhs, *arrays = operands
         x, values = (rhs, lhs) if self.dot.side == "lhs" else (lhs, rhs)
         algebra = self._algebra(lhs.shape, rhs.shape)
@@ -94,15 +97,15 @@ class SparseDot:
         return contraction(self.dot.dimension_numbers, *self._dense_shapes(lhs, rhs), self.dot.side)
 
     def _out(self, lhs: jax.Array, rhs: jax.Array) -> jax.ShapeDtypeStruct:
-        shapes = self._dense_shapes(lhs.shape, rhs.shape)
-        avals = [jax.ShapeDtypeStruct(shape, a.dtype) for shape, a in zip(shapes, (lhs, rhs), strict=True)]
-        found = jax.eval_shape(
+        both = [_compat.placed_like(a) for a in (lhs, rhs)]
+        side = 0 if self.dot.side == "lhs" else 1
+        both[side] = jax.ShapeDtypeStruct(self.shape, both[side].dtype)
+        return jax.eval_shape(
             lambda a, b: lax.dot_general(
                 a, b, self.dot.dimension_numbers, preferred_element_type=self.dot.preferred_element_type
             ),
-            *avals,
+            *both,
         )
-        return jax.ShapeDtypeStruct(found.shape, found.dtype)
 
 
 def sparse_dot_of(dot: DotGeneral, weight: SparseWeight) -> SparseDot | None:

@@ -13,6 +13,7 @@ from msbp_jax import _compat
 from msbp_jax._checks import is_array, is_differentiable, path_name, positive_int
 from msbp_jax.carriers import OVERWRITE_WITH_GRADIENT
 from msbp_jax.formats import accumulation_dtype
+from msbp_jax.weights import is_pattern
 
 
 class Step(NamedTuple):
@@ -58,7 +59,7 @@ def in_microbatches(
       memory: What the first part sees.
       carried: What the first part sees of anything else that goes from part to part.
       args: Arrays are cut along their leading axis; a PRNG key without axes is split, a legacy one (of the shape and
-        dtype of `jax.random.PRNGKey`'s) too; the rest is passed on.
+        dtype of `jax.random.PRNGKey`'s) too; patterns of sparse weights, and the rest, are passed on.
       kwargs: Keyword arguments, cut as `args` are.
 
     Of a collection that is overwritten with its "gradient" (Flax's statistics of float8 products) the last part's
@@ -69,7 +70,7 @@ def in_microbatches(
     """
     if count is None:
         return step(params, memory, carried, args, kwargs)
-    leaves, structure = jax.tree_util.tree_flatten_with_path((args, kwargs))
+    leaves, structure = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_pattern)
     cut = [_is_cut(leaf) for _, leaf in leaves]
     parts = [_parts(path, leaf, count) for (path, leaf), is_cut in zip(leaves, cut, strict=True) if is_cut]
 

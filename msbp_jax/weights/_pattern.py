@@ -71,6 +71,11 @@ class Pattern(struct.PyTreeNode):
         return scattered(self, jnp.ones(self.inputs.shape, bool))
 
 
+def is_pattern(node: Any) -> bool:
+    """Whether a node of a pytree is a pattern."""
+    return isinstance(node, Pattern)
+
+
 def _of_layers(pattern: Pattern, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Return a function of one layer's arrays, mapped over the axes of stacked layers."""
     for _ in pattern.stacked:
@@ -164,12 +169,31 @@ def _lists(mask: np.ndarray, entries: int) -> tuple[np.ndarray, ...]:
     return starts(0), padded(inputs), starts(1), padded(their_features), padded(order)
 
 
+def check_sizes(pattern: Pattern, name: str) -> None:
+    """Raise unless the arrays of a pattern have the lengths that its shape asks for; takes traced ones too.
+
+    Raises:
+      ValueError: They have not, as where arrays of another model were restored.
+    """
+    m, n = pattern.matrix_shape
+    stacked, entries = pattern.inputs.shape[:-1], pattern.entries
+    lengths = {"starts": n + 1, "inputs": entries, "input_starts": m + 1, "features": entries, "order": entries}
+    for part, length in lengths.items():
+        got = tuple(getattr(pattern, part).shape)
+        if got != (*stacked, length):
+            raise ValueError(
+                f"{name}: the {part} of its pattern, of a weight {m} x {n} with {entries} entries, must have shape "
+                f"{(*stacked, length)}, got {got}. Was the pattern of another model restored?"
+            )
+
+
 def check_pattern(pattern: Pattern, name: str) -> None:
     """Raise unless the numbers of a pattern are what its shape promises; takes arrays that are not traced.
 
     Raises:
       ValueError: Starts that do not grow, or indices that are out of range, not ascending, or twice there.
     """
+    check_sizes(pattern, name)
     m, n = pattern.matrix_shape
     layers = lambda array: np.asarray(array).reshape(-1, array.shape[-1])
     for starts, inputs, input_starts, features, order in zip(

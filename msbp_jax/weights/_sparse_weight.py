@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from msbp_jax import _compat
 from msbp_jax._checks import path_name
-from msbp_jax.weights._pattern import Pattern, scattered
+from msbp_jax.weights._pattern import Pattern, check_sizes, is_pattern, scattered
 
 
 @jax.tree_util.register_dataclass
@@ -93,9 +93,9 @@ def with_patterns(params: Any, patterns: Any, backend: str | None = None) -> Any
       backend: What runs the products of the weights; None to choose.
 
     Raises:
-      ValueError: A pattern is of no parameter, or of one with another number of entries.
+      ValueError: A pattern is of no parameter, or of one with another number of entries, or has no blocks where the
+        backend multiplies blocks.
     """
-    is_pattern = lambda node: isinstance(node, Pattern)
     keyed = jax.tree_util.tree_flatten_with_path(patterns, is_leaf=is_pattern)[0]
     if wrong := [path_name(path) for path, node in keyed if not is_pattern(node)]:
         raise ValueError(
@@ -113,6 +113,12 @@ def with_patterns(params: Any, patterns: Any, backend: str | None = None) -> Any
             raise ValueError(
                 f"The parameter {path_name(path)} has shape {tuple(jnp.shape(leaf))}, and its pattern is of "
                 f"{expected} entries. Are they of one model? msbp.prune makes both."
+            )
+        check_sizes(pattern, path_name(path))
+        if backend == "tiles" and pattern.block is None:
+            raise ValueError(
+                f'backend="tiles" multiplies blocks, and the entries of {path_name(path)} stand anywhere. '
+                "msbp.prune(..., block=(16, 16)) makes blocks; backend=None chooses for each weight."
             )
         return SparseWeight(leaf, pattern, backend=backend)
 

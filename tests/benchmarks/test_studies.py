@@ -37,18 +37,20 @@ def test_language_model(tmp_path):
 
 def test_sparse_weights(tmp_path):
     out = tmp_path / "out.json"
-    command.main(["sparse_weights", "--out", str(out), "--epochs", "2", "--width", "64", "--densities", "0.2"])
+    command.main(
+        ["sparse_weights", "--out", str(out), "--epochs", "2", "--longer", "2", "--width", "64", "--densities", "0.2"]
+    )
     runs = json.loads(out.read_text())["runs"]
-    told = [(run["part"], run.get("stage", ""), run["network"]) for run in runs]
+    told = [(run["part"], run.get("data", ""), run["network"]) for run in runs]
     both = ["dense", "density 0.2"]
     assert told == [
-        *(("scratch", "", name) for name in both),
+        *(("scratch", "", name) for name in (*both, "density 0.2, 2 x the epochs")),
         *(("nerva", "", name) for name in both),
-        ("transfer", "before", "dense"),
-        *(("transfer", "after", name) for name in both),
+        ("transfer", "digits, 0 to 4", "dense"),
+        *(("transfer", "digits, 5 to 9", name) for name in both),
     ]
     for run in runs:
-        assert len(run["accuracy"]) == len(run["seconds"]) == 2
+        assert len(run["accuracy"]) == len(run["seconds"]) == (4 if "x the epochs" in run["network"] else 2)
         assert run["accuracy"][-1] > 15
         assert (run["bytes"]["patterns"] > 0) == (run["network"] != "dense")
 

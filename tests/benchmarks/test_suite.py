@@ -91,6 +91,7 @@ def test_an_absent_peer_is_a_reason(tmp_path):
     broken.chmod(0o755)
     torch = Torch(str(broken))
     assert "PyTorch did not start: no such module. Install msbp-jax[bench]." in torch.reason
+    assert torch.missing == {"sparseprop": "SparseProp runs with PyTorch."}
     torch.close()
 
 
@@ -109,3 +110,6 @@ def test_the_worker_is_what_the_peers_run():
     assert dx.shape == (8, 6)
     assert int((dw.abs().sum(1) > 0).sum()) == 4
     assert torch.isfinite(dx).all()
+    assert torch_worker.linear(8, 6, 20, 0.2, "torch")().shape == (8, 6)
+    missing = torch_worker.peers()
+    assert not missing or "github.com/IST-DASLab/sparseprop" in missing["sparseprop"]

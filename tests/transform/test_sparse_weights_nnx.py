@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
 import msbp_jax as msbp
 from msbp_jax.testing import random_gradient
+from msbp_jax.weights import gathered
 
 X = random_gradient(0, 20, 32)
 
@@ -90,6 +92,65 @@ def test_closed_over_and_mapped():
     np.testing.assert_allclose(jax.jit(lambda x: model(x))(X), want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(jax.vmap(model)(X), want, rtol=1e-5, atol=1e-5)
     assert jax.grad(lambda x: model(x).sum())(X).shape == X.shape
+
+
+class Stack(nnx.Module):
+    """Three layers of one shape, their parameters stacked, that a scan runs through."""
+
+    def __init__(self, rngs):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def create(rngs):
+            return nnx.Linear(32, 32, rngs=rngs)
+
+        self.blocks = create(rngs)
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def run(x, block):
+            return jnp.tanh(block(x))
+
+        return run(x, self.blocks)
+
+
+class Tied(nnx.Module):
+    """One layer, at two places of the tree."""
+
+    def __init__(self, rngs):
+        self.inner = nnx.Linear(32, 32, rngs=rngs)
+        self.again = self.inner
+
+    def __call__(self, x):
+        return self.again(jnp.tanh(self.inner(x)))
+
+
+@pytest.mark.parametrize("kind", [Stack, Tied])
+def test_layers_that_are_stacked_or_shared(kind):
+    model = msbp.sparse_weights(kind(nnx.Rngs(0)))
+    model.prune(density=0.2, **({"stacked": ["blocks/*"]} if kind is Stack else {}))
+    dense = nnx.clone(model).densify()
+    np.testing.assert_allclose(model(X), dense(X), rtol=1e-3, atol=1e-4)
+    grads, want = nnx.grad(loss)(model, X), nnx.grad(loss)(dense, X)
+    assert len(nnx.to_flat_state(nnx.state(model, msbp.Sparsity))) == 1
+    (values,) = [leaf for path, leaf in nnx.to_flat_state(grads) if path[-1] == "kernel"]
+    (whole,) = [leaf for path, leaf in nnx.to_flat_state(want) if path[-1] == "kernel"]
+    pattern = next(iter(model.sparsity.values())).get_value()
+    np.testing.assert_allclose(values.get_value(), gathered(pattern, whole.get_value()), rtol=1e-3, atol=1e-4)
+    assert model.report(X).weights[0].products == (1 if kind is Stack else 2)
+
+
+def test_orbax_keeps_values_and_patterns(tmp_path):
+    model, _ = twins()
+    want, state = model(X), nnx.state(model)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "at", state)
+        checkpointer.wait_until_finished()
+        blank = msbp.sparse_weights(MLP(nnx.Rngs(5)))
+        blank.prune(density=0.2)
+        assert not np.allclose(blank(X), want)
+        read = checkpointer.restore(tmp_path / "at", jax.tree.map(ocp.utils.to_shape_dtype_struct, nnx.state(blank)))
+    nnx.update(blank, read)
+    np.testing.assert_array_equal(blank(X), want)
 
 
 def test_what_is_refused():
