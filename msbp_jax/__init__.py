@@ -34,6 +34,14 @@ from msbp_jax.sparsifiers import skip_zero_rows as skip_zero_rows
 from msbp_jax.sparsifiers import split as split
 from msbp_jax.sparsifiers import stochastic_prune as stochastic_prune
 from msbp_jax.sparsifiers import top_k as top_k
+from msbp_jax.subnetworks import Chosen as Chosen
+from msbp_jax.subnetworks import Narrow as Narrow
+from msbp_jax.subnetworks import Sample as Sample
+from msbp_jax.subnetworks import Structure as Structure
+from msbp_jax.subnetworks import Subnetwork as Subnetwork
+from msbp_jax.subnetworks import Units as Units
+from msbp_jax.subnetworks import find_units as find_units
+from msbp_jax.subnetworks import subnetwork as subnetwork
 from msbp_jax.training import Diagnosis as Diagnosis
 from msbp_jax.training import DynamicScale as DynamicScale
 from msbp_jax.training import ScaledStep as ScaledStep

@@ -2,7 +2,8 @@
 
 scratch    an MLP on MNIST, dense and with a random pattern that stays (Erdos-Renyi), by SGD with momentum; with
            --longer 2 also twice as many epochs of the sparse ones, which are shorter
-nerva      3072-1024-512-10 on the pixels of CIFAR-10, batch 100, the same, at several densities
+nerva      3072-1024-512-10 on the pixels of CIFAR-10, batch 100, the same, at several densities; images are
+           shifted by up to four pixels and mirrored, anew in every epoch
 transfer   MLPs trained dense on classes 0 to 4 of MNIST, and of CIFAR-10; then on 5 to 9: all of it, and what pruning
            leaves
 
@@ -89,6 +90,7 @@ class Training(NamedTuple):
 
     tx: Callable[[int], optax.GradientTransformation]
     batch: int
+    varied: Callable[[np.ndarray, np.random.Generator], np.ndarray] = lambda x, draw: x  # images, anew in every epoch
 
 
 def trained(
@@ -99,11 +101,12 @@ def trained(
     steps = len(images.train_y) // how.batch
     runs = {name: _Run(network, images, how.tx(steps * many[name]), how.batch) for name, network in networks.items()}
     for epoch in range(max(many.values())):
-        order = np.random.default_rng((seed, epoch)).permutation(len(images.train_y))
+        draw = np.random.default_rng((seed, epoch))
+        order, x = draw.permutation(len(images.train_y)), jnp.asarray(how.varied(images.train_x, draw))
         for name, one in runs.items():
             if epoch >= many[name]:
                 continue
-            one.epoch(order)
+            one.epoch(x, order)
             print(
                 f"{images.name}, epoch {epoch + 1}, {name}: {one.accuracy[-1]:.2f} %, {one.seconds[-1]:.1f} s",
                 flush=True,
@@ -126,39 +129,40 @@ class _Run:
     """The training of one network."""
 
     def __init__(self, network: Network, images: Images, tx: optax.GradientTransformation, batch: int) -> None:
-        train = jnp.asarray(images.train_x), jnp.asarray(images.train_y)
+        y = jnp.asarray(images.train_y)
         test = jnp.asarray(images.test_x), jnp.asarray(images.test_y)
         self.batch, self.patterns = batch, network.patterns
 
-        def step(state: Any, patterns: Any, rows: jax.Array) -> Any:
+        def step(state: Any, patterns: Any, x: jax.Array, rows: jax.Array) -> Any:
             params, opt_state = state
 
             def loss(params: Any) -> jax.Array:
-                logits = network.apply(params, patterns, train[0][rows])
-                return optax.softmax_cross_entropy_with_integer_labels(logits, train[1][rows]).mean()
+                logits = network.apply(params, patterns, x[rows])
+                return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean()
 
             updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
             return optax.apply_updates(params, updates), opt_state
 
-        def epoch(state: Any, patterns: Any, order: jax.Array) -> Any:
-            return jax.lax.scan(lambda state, rows: (step(state, patterns, rows), None), state, order)[0]
+        def epoch(state: Any, patterns: Any, x: jax.Array, order: jax.Array) -> Any:
+            return jax.lax.scan(lambda state, rows: (step(state, patterns, x, rows), None), state, order)[0]
 
         self.state = jax.tree.map(jnp.copy, (network.params, tx.init(network.params)))
         steps = len(images.train_y) // batch
         rows = jax.ShapeDtypeStruct((steps, batch), jnp.int32)
-        self._epoch = jax.jit(epoch, donate_argnums=0).lower(self.state, self.patterns, rows).compile()
+        x = jax.ShapeDtypeStruct(images.train_x.shape, jnp.float32)
+        self._epoch = jax.jit(epoch, donate_argnums=0).lower(self.state, self.patterns, x, rows).compile()
         self._right = jax.jit(lambda p, s: (network.apply(p, s, test[0]).argmax(-1) == test[1]).mean())
         size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
         self.bytes = {"parameters and state": size(self.state), "patterns": size(self.patterns)}
         self.accuracy: list[float] = []
         self.seconds: list[float] = []
 
-    def epoch(self, order: np.ndarray) -> None:
+    def epoch(self, x: jax.Array, order: np.ndarray) -> None:
         """Train for an epoch and write down where that leads."""
         steps = len(order) // self.batch
         rows = jnp.asarray(order[: steps * self.batch].reshape(steps, self.batch), jnp.int32)
         begun = time.perf_counter()
-        self.state = jax.block_until_ready(self._epoch(self.state, self.patterns, rows))
+        self.state = jax.block_until_ready(self._epoch(self.state, self.patterns, x, rows))
         passed = time.perf_counter() - begun
         self.seconds.append(round((self.seconds[-1] if self.seconds else 0.0) + passed, 3))
         self.accuracy.append(round(100 * float(self._right(self.state[0], self.patterns)), 3))
@@ -190,7 +194,8 @@ def _nerva(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     networks = {"dense": dense(module, params)}
     for density in args.densities or [0.1, 0.05, 0.01]:
         networks[f"density {density:g}"] = _random(module, params, density, seed)
-    return trained(networks, images, _decayed(0.01, 100), args.epochs, seed)[0]
+    how = _decayed(0.01, 100)
+    return trained(networks, images, how if args.data is None else how._replace(varied=_moved), args.epochs, seed)[0]
 
 
 def _transfer(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
@@ -213,6 +218,19 @@ def _transferred(
         networks[f"density {density:g}"] = pruned(module, start, density, scope="global")
     then = trained(networks, after, how, args.epochs, seed)[0]
     return [{"data": one.name, **run} for one, runs in ((before, first), (after, then)) for run in runs]
+
+
+def _moved(x: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """Return images `[examples, 32 x 32 x 3]` shifted by up to four pixels, half of them mirrored."""
+    padded = np.pad(x.reshape(-1, 32, 32, 3), ((0, 0), (4, 4), (4, 4), (0, 0)))
+    moved = np.empty((len(x), 32, 32, 3), x.dtype)
+    which, mirrored = draw.integers(0, 81, len(x)), draw.random(len(x)) < 0.5
+    for at in range(81):
+        down, right = divmod(at, 9)
+        for flipped in (False, True):
+            among = (which == at) & (mirrored == flipped)
+            moved[among] = padded[among, down : down + 32, right : right + 32][:, :, :: -1 if flipped else 1]
+    return moved.reshape(x.shape)
 
 
 def _decayed(rate: float, batch: int) -> Training:

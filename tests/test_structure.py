@@ -30,6 +30,7 @@ STAGES = [
     "transform",
     "training",
     "nnx",
+    "subnetworks",
     "testing",
 ]
 FLAX = {
@@ -38,6 +39,9 @@ FLAX = {
     "transform/_sparse_nnx.py",
     "transform/_linen.py",
     "transform/_nnx.py",
+    "subnetworks/_narrow.py",
+    "subnetworks/_sample.py",
+    "subnetworks/_structure.py",
     "training/_train_state.py",
     "training/_dynamic_scale.py",
     "nnx.py",

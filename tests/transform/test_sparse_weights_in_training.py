@@ -230,8 +230,8 @@ def test_patterns_that_do_not_fit_are_refused():
     model = msbp.sparse_weights(MLP())
     pattern = SPARSE["sparsity"]["Dense_0"]["kernel"]
     cut = pattern.replace(starts=pattern.starts[:-1])
+    changed = {**SPARSE["sparsity"], "Dense_0": {"kernel": cut}}
     with pytest.raises(ValueError, match=r"Dense_0/kernel: the starts of its pattern, of a weight 32 x 48"):
-        changed = {**SPARSE["sparsity"], "Dense_0": {"kernel": cut}}
         model.apply({**SPARSE, "sparsity": changed}, X)
     with pytest.raises(ValueError, match=r'backend="tiles" multiplies blocks, and the entries of Dense_0/kernel stand'):
         msbp.sparse_weights(MLP(), backend="tiles").apply(SPARSE, X)

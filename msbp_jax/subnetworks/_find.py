@@ -1,0 +1,215 @@
+"""`find_units`: the units of a model, from the program that it is."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from msbp_jax._checks import is_array, path_name
+from msbp_jax.subnetworks._factors import Factor, block, flat, fresh
+from msbp_jax.subnetworks._ties import tie
+from msbp_jax.subnetworks._units import Axis, Group, Units, is_variables
+
+
+def find_units(target: Any, params: Any, *args: Any, widths: Mapping[str, int] | None = None, **kwargs: Any) -> Units:
+    """Return the units of a model: axes of its parameters that its program ties together, and that can be narrower.
+
+    A unit's output columns, its bias and normalisation, and the rows of all layers that read it, through residual
+    connections, flattened images and loops. An axis of the model's arguments or results is none, nor is one that is
+    reduced (as a layer norm does), cut, joined or counted along, or contracted between two arrays that were computed:
+    these are named, with the reason, when the result is printed.
+
+    Args:
+      target: A function `f(params, *args)`, or a factory `build(widths)` of Linen modules.
+      params: Parameters of the function, or variables of the module at its full widths; their shapes are enough.
+      *args: As the function or the module takes them; shapes are enough.
+      widths: Of a factory: its full widths by name. Groups have these names then; those of a function are named after
+        the first parameter.
+      **kwargs: As the function or the module takes them.
+
+    Returns:
+      What `msbp.subnetwork` takes as `units`; a dict, from which groups may be deleted.
+
+    Raises:
+      ValueError: A width of a factory changes axes that are not tied together, or that cannot be narrower.
+      TypeError: A factory without its widths, or one that returns no module.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, msbp_jax as msbp
+      >>> f = lambda p, x: jax.nn.relu(x @ p["w"] + p["b"]) @ p["v"]
+      >>> params = {"w": jnp.ones((4, 64)), "b": jnp.zeros(64), "v": jnp.ones((64, 3))}
+      >>> print(msbp.find_units(f, params, jnp.ones((2, 4))))
+      b: 64 units: b[0], v[0], w[1]
+
+    References:
+      Fang et al., DepGraph: towards any structural pruning, 2023 (arXiv 2301.12900), for ties of a whole network.
+    """
+    if widths is None:
+        if is_factory(target):
+            raise TypeError('A factory of modules has widths: find_units(build, variables, x, widths={"hidden": 512}).')
+        return _named(_factors(target, params, args, kwargs))
+    run = lambda variables, *args, **kwargs: built(target, widths).apply(variables, *args, **kwargs)
+    groups = _factors(run, params, args, kwargs)
+    return _of_widths(target, dict(widths), groups, args, kwargs)
+
+
+def is_factory(target: Any) -> bool:
+    """Whether a target is a factory of modules: a callable of a single argument."""
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(needed) == 1 and not any(p.kind is p.VAR_POSITIONAL for p in parameters)
+
+
+def built(build: Callable[[dict[str, int]], Any], widths: Mapping[str, int]) -> Any:
+    """Return the module of some widths.
+
+    Raises:
+      TypeError: The factory returned something that has no `apply`.
+    """
+    module = build(dict(widths))
+    if not hasattr(module, "apply") or not hasattr(module, "init"):
+        raise TypeError(
+            f"A factory takes widths, a dict, and returns a Linen module, got {module!r}. A model that is a function "
+            "takes its parameters and at least one more argument: f(params, x)."
+        )
+    return module
+
+
+class _Found:
+    """Axes of parameters that are one factor, each with how often the factor is in it."""
+
+    def __init__(self, factor: Factor) -> None:
+        self.factor = factor
+        self.axes: list[tuple[int, Axis]] = []
+
+    @property
+    def places(self) -> set[tuple[str, int]]:
+        """Leaves and axes."""
+        return {(axis.path, axis.axis) for _, axis in self.axes}
+
+
+def _factors(run: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[_Found]:
+    """Return the factors of the axes of parameters, and where they are."""
+    keyed, structure = jax.tree_util.tree_flatten_with_path(params)
+    within = 1 if is_variables(params) else 0
+    of_arrays, arrays = _of_arrays(args, kwargs)
+
+    def flattened(leaves: list[Any], arrays: list[Any]) -> Any:
+        args, kwargs = of_arrays(arrays)
+        return run(jax.tree.unflatten(structure, leaves), *args, **kwargs)
+
+    program = jax.make_jaxpr(flattened)([leaf for _, leaf in keyed], arrays)
+    jaxpr = program.jaxpr
+    dims = [[fresh(length) for length in var.aval.shape] for var in jaxpr.invars]
+    for of in dims[len(keyed) :]:
+        block(of, "it is an axis of the model's arguments")
+    consts = [[fresh(length, "it comes from a constant") for length in var.aval.shape] for var in jaxpr.constvars]
+    results = tie(jaxpr, consts, dims, [at < len(keyed) for at in range(len(dims))])
+    for of in results:
+        block(of, "it is an axis of the model's results")
+    found: dict[int, _Found] = {}
+    for (path, _), of in zip(keyed, dims, strict=False):
+        for axis, dim in enumerate(of):
+            parts = flat([dim])
+            for at, factor in enumerate(parts):
+                outer, inner = (math.prod(part.size for part in side) for side in (parts[:at], parts[at + 1 :]))
+                one = found.setdefault(id(factor), _Found(factor))
+                one.axes.append((outer, Axis(path_name(path[within:]), axis, inner)))
+    return list(found.values())
+
+
+def _of_arrays(args: Any, kwargs: Any) -> tuple[Callable[[list[Any]], tuple[Any, Any]], list[Any]]:
+    """Return arguments as a function of the arrays among them, and these; flags and numbers stay what they are."""
+    leaves, structure = jax.tree.flatten((args, kwargs))
+
+    def filled(arrays: list[Any]) -> tuple[Any, Any]:
+        given = iter(arrays)
+        return jax.tree.unflatten(structure, [next(given) if is_array(leaf) else leaf for leaf in leaves])
+
+    return filled, [leaf for leaf in leaves if is_array(leaf)]
+
+
+def _named(groups: list[_Found]) -> Units:
+    units, left = Units(), []
+    for group in groups:
+        name = _name(group, units)
+        reason = group.factor.reason or ("" if group.factor.consumed else "no parameter reads it")
+        if reason:
+            left.append((name, f"{_told(group)}: {reason}"))
+        else:
+            units[name] = _group(group)
+    units.left = tuple(left)
+    return units
+
+
+def _name(group: _Found, taken: Mapping[str, Any]) -> str:
+    first = group.axes[0][1].path
+    name = first.rsplit("/", 1)[0]
+    return (
+        name
+        if name not in taken
+        else next(f"{name}#{i}" for i in range(1, len(taken) + 2) if f"{name}#{i}" not in taken)
+    )
+
+
+def _group(group: _Found) -> Group:
+    """Return a group, the axis that has each unit once in front."""
+    return Group(group.factor.size, tuple(axis for _, axis in sorted(group.axes, key=lambda one: one[0])))
+
+
+def _told(group: _Found) -> str:
+    return ", ".join(f"{axis.path}[{axis.axis}]" for _, axis in group.axes)
+
+
+def _of_widths(
+    build: Any, widths: dict[str, int], groups: list[_Found], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Units:
+    """Return the groups that the widths of a factory change, by the names of the widths."""
+    shapes = lambda of: _shapes(built(build, of), args, kwargs)
+    whole = shapes(widths)
+    units = Units()
+    for name, width in widths.items():
+        if width < 2:
+            raise ValueError(f"The width {name!r} is {width}: there is nothing to choose. Leave it out of widths.")
+        smaller = shapes({**widths, name: width // 2})
+        changed = {
+            (path, axis)
+            for path, shape in whole.items()
+            for axis, length in enumerate(shape)
+            if smaller.get(path, shape)[axis] != length
+        }
+        owners = [group for group in groups if group.places & changed]
+        usable = [group for group in owners if not group.factor.reason and group.factor.consumed]
+        fitting = [group for group in usable if group.places == changed]
+        if not fitting:
+            reasons = "; ".join(f"{_told(group)}: {group.factor.reason or 'tied'}" for group in owners)
+            axes = ", ".join(f"{path}[{axis}]" for path, axis in sorted(changed)) or "nothing"
+            raise ValueError(
+                f"The width {name!r} changes {axes}, which are not the axes of units that can be left out. Found: "
+                f"{reasons or 'none'}. Declare the units, or give those axes widths of their own."
+            )
+        units[name] = _group(max(fitting, key=lambda group: group.factor.size))
+    blocked = (group for group in groups if group.factor.reason)
+    units.left = tuple((group.axes[0][1].path, f"{_told(group)}: {group.factor.reason}") for group in blocked)
+    return units
+
+
+def _shapes(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
+    options = {name: value for name, value in kwargs.items() if name not in ("rngs", "mutable")}
+    of_arrays, arrays = _of_arrays(args, options)
+
+    def init(arrays: list[Any]) -> Any:
+        args, options = of_arrays(arrays)
+        return module.init(rngs, *args, **options)
+
+    variables = jax.eval_shape(init, arrays)
+    keyed = jax.tree_util.tree_flatten_with_path(variables)[0]
+    return {path_name(path[1:]): tuple(leaf.shape) for path, leaf in keyed}

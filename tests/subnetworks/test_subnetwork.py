@@ -1,0 +1,334 @@
+"""Training by small parts: the narrow network is the masked one, and what is learned stays within its budget."""
+
+import functools
+
+import flax.linen as nn
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from test_find_units import CNN, VARIABLES, WIDTHS, X
+
+import msbp_jax as msbp
+
+KEY = jax.random.key(0)
+CLOSE = functools.partial(jax.tree.map, lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4))
+# Sigmoid, so that a unit whose input is 0 has a value that is not.
+F = lambda p, x: jax.nn.sigmoid(x @ p["w"] + p["b"][None]) @ p["v"]
+UNITS = {"hidden": [("w", 1), ("b", 0), ("v", 0)]}
+PARAMS = {
+    "w": jax.random.normal(jax.random.key(1), (4, 64)),
+    "b": jax.random.normal(jax.random.key(2), (64,)),
+    "v": jax.random.normal(jax.random.key(3), (64, 3)),
+}
+ROWS, WANTED = jax.random.normal(jax.random.key(4), (16, 4)), jax.random.normal(jax.random.key(5), (16, 3))
+
+
+def squares(model, p, x, y):
+    return ((model(p, x) - y) ** 2).mean()
+
+
+def small(budget=0.25, **options):
+    return msbp.subnetwork(F, units=UNITS, budget=budget, **options)
+
+
+def masks_of(sub, chosen):
+    return chosen.masks(sub.units(PARAMS))["hidden"].astype(jnp.float32)
+
+
+def test_the_narrow_network_is_the_masked_one():
+    """Loss and gradients, with units that fill up, and the mask behind the activation."""
+    sub = small()
+    structure = sub.init(PARAMS, ROWS)
+    sample = sub.sample(structure, KEY)
+    assert sample.first.capacities == sample.second.capacities
+    assert sample.first.capacities["hidden"] > sample.first.counts()["hidden"]  # there is something to fill up
+    loss, grads, of_structure = jax.jit(sub.value_and_grad(squares))(PARAMS, structure, sample, ROWS, WANTED)
+
+    def masked(p, chosen):
+        hidden = jax.nn.sigmoid(ROWS @ p["w"] + p["b"][None]) * masks_of(sub, chosen)[None]
+        return ((hidden @ p["v"] - WANTED) ** 2).mean()
+
+    want, want_grads = jax.value_and_grad(masked)(PARAMS, sample.first)
+    CLOSE((loss, grads), (want, want_grads))
+    s = structure.probabilities["hidden"]
+    differ = masks_of(sub, sample.first) - masks_of(sub, sample.second)
+    CLOSE(of_structure["hidden"], 0.5 * (want - masked(PARAMS, sample.second)) * differ / jnp.sqrt(s * (1 - s)))
+
+
+def test_both_samples_serve_the_weights():
+    sub = small()
+    structure = sub.init(PARAMS)
+    sample = sub.sample(structure, KEY)
+    turned = sample.replace(first=sample.second, second=sample.first)
+    one, other = (sub.value_and_grad(squares)(PARAMS, structure, s, ROWS, WANTED) for s in (sample, turned))
+    both = sub.value_and_grad(squares, weights="both")(PARAMS, structure, sample, ROWS, WANTED)
+    CLOSE(both[:2], jax.tree.map(lambda a, b: (a + b) / 2, one[:2], other[:2]))
+    CLOSE(both[2], one[2])
+
+
+def test_a_module_with_norms_dropout_and_a_residual():
+    """Found units; statistics of units that were not drawn stay; outputs are those of the masked network."""
+    units = msbp.find_units(CNN, VARIABLES, X, widths=WIDTHS)
+    sub = msbp.subnetwork(CNN, units=units, widths=WIDTHS, budget=0.5)
+    structure = sub.init(VARIABLES, X)
+    sample = sub.sample(structure, KEY)
+
+    def loss_fn(model, params, stats, x, key):
+        variables = {"params": params, "batch_stats": model.narrow(stats)}
+        logits, changed = model.apply(variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key})
+        return (logits**2).mean(), model.widen(stats, changed["batch_stats"])
+
+    params, stats = VARIABLES["params"], VARIABLES["batch_stats"]
+    run = jax.jit(sub.value_and_grad(loss_fn, has_aux=True))
+    (_, after), grads, of_structure = run(params, structure, sample, stats, X, KEY)
+    assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
+    assert {name: g.shape for name, g in of_structure.items()} == {n: (g.size,) for n, g in units.items()}
+    masks = sample.first.masks(units)
+    moved = after["BatchNorm_1"]["mean"] != stats["BatchNorm_1"]["mean"]
+    assert not moved[~masks["inner"]].any()
+    assert moved[masks["inner"]].all()
+    assert not grads["Conv_1"]["kernel"][..., ~masks["inner"]].any()
+    module, variables = sub.extract(VARIABLES, sample.first)
+    assert module.widths["inner"] == int(masks["inner"].sum())
+    assert module.widths["groups"] == 8 * int(masks["groups"].sum())
+    CLOSE(module.apply(variables, X), whole_with_masks(masks))
+
+
+def whole_with_masks(masks):
+    """Return the outputs of the whole network with masks behind its activations, written out."""
+    p = VARIABLES["params"]
+    conv = lambda at, x: nn.Conv(p[f"Conv_{at}"]["bias"].size, (3, 3)).apply({"params": p[f"Conv_{at}"]}, x)
+    norm = lambda at, x: nn.BatchNorm(use_running_average=True).apply(
+        {"params": p[f"BatchNorm_{at}"], "batch_stats": VARIABLES["batch_stats"][f"BatchNorm_{at}"]}, x
+    )
+    mask = {name: m.astype(jnp.float32)[None, None, None] for name, m in masks.items()}
+    x = nn.relu(norm(0, conv(0, X))) * mask["trunk"]
+    y = nn.relu(norm(1, conv(1, x))) * mask["inner"]
+    x = nn.max_pool(x + conv(2, y) * mask["trunk"], (2, 2), (2, 2))
+    x = nn.relu(nn.GroupNorm(4).apply({"params": p["GroupNorm_0"]}, conv(3, x))) * mask["groups"].repeat(8, -1)
+    x = x.reshape(len(x), -1)
+    x = nn.relu(x @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"][None]) * mask["hidden"][0, 0]
+    return x @ p["Dense_1"]["kernel"] + p["Dense_1"]["bias"][None]
+
+
+def trained(steps, kept_only=True, budget=0.25, start=None):
+    """Return parameters, optimizer's state, structure and compilations after steps, from a start or the beginning."""
+    sub, tx = small(budget, optimizer=optax.adam(0.05)), optax.adam(0.03)
+
+    @jax.jit
+    def step(params, opt_state, structure, sample):
+        run = sub.value_and_grad(squares, kept_only=kept_only)
+        loss, grads, of_structure = run(params, structure, sample, ROWS, WANTED)
+        if kept_only:
+            params, opt_state = sub.update_kept(tx, grads, opt_state, params, sample.first)
+        else:
+            updates, opt_state = tx.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+        return params, opt_state, sub.update(of_structure, structure), loss
+
+    params, opt_state, structure, at = start or (PARAMS, tx.init(PARAMS), sub.init(PARAMS), 0)
+    losses = []
+    with jax.numpy_dtype_promotion("standard"):  # as Optax has it
+        for i in range(at, at + steps):
+            sample = sub.sample(structure, jax.random.fold_in(KEY, i))
+            params, opt_state, structure, loss = step(params, opt_state, structure, sample)
+            losses.append(float(loss))
+            s = structure.probabilities["hidden"]
+            assert 0 <= float(s.min()) <= float(s.max()) <= 1
+            assert float(s.sum()) <= sub_budget(budget, i + 1) * (1 + 1e-5)
+    return (params, opt_state, structure, at + steps), losses, step._cache_size()
+
+
+def sub_budget(budget, step):
+    return 64 * float(budget(step) if callable(budget) else budget)
+
+
+@pytest.mark.parametrize("kept_only", [False, True])
+def test_training_learns_within_the_budget(kept_only):
+    _, losses, compilations = trained(60, kept_only)
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
+    assert compilations <= 4
+
+
+def test_a_schedule_of_the_budget():
+    schedule = optax.linear_schedule(1.0, 0.25, 20)
+    (_, _, structure, _), _, compilations = trained(30, budget=schedule)
+    assert float(structure.probabilities["hidden"].sum()) == pytest.approx(16, rel=1e-3)
+    assert compilations <= 10
+
+
+def test_training_goes_on_to_the_bit():
+    half, _, _ = trained(5)
+    written = flax.serialization.to_bytes(half[:3])
+    blank = jax.tree.map(jnp.zeros_like, half[:3])
+    read = flax.serialization.from_bytes(blank, written)
+    resumed, _, _ = trained(5, start=(*read, 5))
+    straight, _, _ = trained(10)
+    jax.tree.map(np.testing.assert_array_equal, resumed[:3], straight[:3])
+
+
+def test_an_update_of_kept_units_leaves_the_others():
+    """The kept ones move as those of a whole update do, at the first step; the momentum of the others stands still."""
+    sub, tx = small(), optax.sgd(0.1, momentum=0.9)
+    structure = sub.init(PARAMS)
+    sample = sub.sample(structure, KEY)
+    state = tx.init(PARAMS)
+    _, whole, _ = sub.value_and_grad(squares)(PARAMS, structure, sample, ROWS, WANTED)
+    _, narrow, _ = sub.value_and_grad(squares, kept_only=True)(PARAMS, structure, sample, ROWS, WANTED)
+    CLOSE(narrow, sub.narrow(whole, sample.first, like=PARAMS))
+    updates, want_state = tx.update(whole, state, PARAMS)
+    want = optax.apply_updates(PARAMS, updates)
+    params, got_state = sub.update_kept(tx, narrow, state, PARAMS, sample.first)
+    CLOSE((params, got_state), (want, want_state))
+    other = sub.sample(structure, jax.random.key(9))
+    _, narrow, _ = sub.value_and_grad(squares, kept_only=True)(params, structure, other, ROWS, WANTED)
+    after, _ = sub.update_kept(tx, narrow, got_state, params, other.first)
+    still = ~other.first.masks(sub.units(PARAMS))["hidden"]
+    np.testing.assert_array_equal(after["v"][still], params["v"][still])
+    assert (after["v"][~still] != params["v"][~still]).all()
+
+
+def test_the_best_draw_is_taken_out():
+    sub = small()
+    (params, _, structure, _), _, _ = trained(40)
+    best = sub.best(structure, params, jax.random.key(7), squares, ROWS, WANTED, candidates=5)
+    assert best.capacities == best.counts()
+    f, little = sub.extract(params, best)
+    assert little["w"].shape == (4, best.counts()["hidden"])
+    hidden = jax.nn.sigmoid(ROWS @ params["w"] + params["b"][None]) * masks_of(sub, best)[None]
+    CLOSE(f(little, ROWS), hidden @ params["v"])
+    CLOSE(f(little, ROWS), F(sub.masked(params, best), ROWS))
+    worst = [float(squares(F, sub.masked(params, c), ROWS, WANTED)) for k in range(3)
+             for c in [sub.sample(structure, jax.random.key(k)).first]]  # fmt: skip
+    assert float(squares(f, little, ROWS, WANTED)) <= max(worst) + 1e-6
+
+
+def test_an_nnx_module_by_its_state():
+    class MLP(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Linear(4, 64, rngs=rngs)
+            self.last = nnx.Linear(64, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.last(nnx.relu(self.first(x)))
+
+    graph, state = nnx.split(MLP(nnx.Rngs(0)), nnx.Param)
+    f = lambda state, x: nnx.merge(graph, state)(x)
+    units = msbp.find_units(f, state, ROWS)
+    assert [group.size for group in units.values()] == [64]
+    sub = msbp.subnetwork(f, units=units, budget=0.25)
+    structure = sub.init(state, ROWS)
+    sample = sub.sample(structure, KEY)
+    _, grads, _ = jax.jit(sub.value_and_grad(squares))(state, structure, sample, ROWS, WANTED)
+    assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, state)
+    _, little = sub.extract(state, sample.first)
+    model = nnx.merge(graph, little)
+    CLOSE(model(ROWS), f(sub.masked(state, sample.first), ROWS))
+
+
+def test_a_sparse_backward_in_the_small_network():
+    """The factory may return a model of `sparse_vjp`."""
+
+    class MLP(nn.Module):
+        width: int
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(nn.relu(nn.Dense(self.width)(x)))
+
+    build = lambda widths: msbp.sparse_vjp(MLP(widths["hidden"]), msbp.sample_rows(density=0.5))
+    variables = MLP(64).init(KEY, ROWS)
+    units = {"hidden": [("Dense_0/kernel", 1), ("Dense_0/bias", 0), ("Dense_1/kernel", 0)]}
+    sub = msbp.subnetwork(build, units=units, budget=0.25)
+    structure = sub.init(variables, ROWS)
+    sample = sub.sample(structure, KEY)
+    memory = build({"hidden": 64}).init_memory(variables, ROWS)
+
+    def loss_fn(model, params, x, y):
+        return ((model.apply({"params": params}, x, memory=memory) - y) ** 2).mean()
+
+    _, grads, _ = jax.jit(sub.value_and_grad(loss_fn))(variables["params"], structure, sample, ROWS, WANTED)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"units": {"hidden": [("w", 2)]}}, ValueError, r"Group 'hidden': w has shape \(4, 64\), and no axis 2"),
+        ({"units": {"hidden": [("w", 1), ("q", 0)]}}, ValueError, "'q' matches none of b, v, w"),
+        ({"units": {"hidden": [("w", 1), ("v", 1)]}}, ValueError, "of 3 entries, cannot be cut into as many"),
+        (
+            {"units": {"a": [("w", 1)], "c": [("b", 0), ("w", 1)]}},
+            ValueError,
+            "Axis 1 of w is of two groups, 'a' and 'c'",
+        ),
+        ({"units": {"a": [("w", 1, 64)]}}, ValueError, "Group 'a' has a single unit"),
+        ({"units": {"a": [("w", 1, 0)]}}, ValueError, "at least one entry belongs to a unit"),
+        ({"units": {"a": [("w", 1.5)]}}, TypeError, "expected whole numbers behind the pattern"),
+        ({"units": {"a": ["w"]}}, TypeError, "expected \\(pattern of paths, axis\\)"),
+        ({"units": {"a": "w"}}, TypeError, "Group 'a' must be a list of axes"),
+        ({"units": ["w"]}, TypeError, "units must be"),
+        ({"budget": 65}, ValueError, "A budget of 65 is 65 units, of 64 in 1 groups"),
+        ({"budget": 0.001}, ValueError, "it must leave at least one for each group"),
+        ({"budget": 0.0}, ValueError, "budget must be a share of the units"),
+        ({"budget": 1.5}, ValueError, "or a whole number of them, got 1.5"),
+        ({"budget": "half"}, TypeError, "budget must be a number, or an Optax schedule"),
+        ({"alpha": 1.5}, ValueError, "alpha must lie in"),
+        ({"rung_ratio": 1.0}, ValueError, "rung_ratio must lie in"),
+    ],
+)
+def test_what_is_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        msbp.subnetwork(F, **{"units": UNITS, "budget": 0.25, **options}).init(PARAMS)
+
+
+def test_other_things_that_are_refused():
+    sub = small()
+    structure = sub.init(PARAMS)
+    sample = sub.sample(structure, KEY)
+    with pytest.raises(TypeError, match="subnetwork takes a function"):
+        msbp.subnetwork(3, units=UNITS, budget=0.5)
+    with pytest.raises(ValueError, match=r"With 32 of the 64 units of 'hidden' the model does not run.*TypeError"):
+        msbp.subnetwork(F, units={"hidden": UNITS["hidden"][:2]}, budget=0.5).init(PARAMS, ROWS)
+    with pytest.raises(TypeError, match=r"call it outside of jax\.jit"):
+        jax.jit(lambda s: sub.sample(s, KEY).first.index)(structure)
+    run = lambda loss, **options: sub.value_and_grad(loss, **options)(PARAMS, structure, sample, ROWS, WANTED)
+    with pytest.raises(TypeError, match=r"The loss must be a real scalar, got shape \(16, 3\)"):
+        run(lambda model, p, x, y: model(p, x) - y)
+    with pytest.raises(ValueError, match='weights must be "first" or "both"'):
+        run(squares, weights="second")
+    with pytest.raises(ValueError, match="The gradient of both samples is of the units of either"):
+        run(squares, weights="both", kept_only=True)
+    _, _, of_structure = run(lambda model, p, x, y: squares(model, p, x, y) * jnp.nan)
+    with pytest.raises(ValueError, match="Probabilities of 'hidden' are not finite: the loss of an earlier step"):
+        sub.sample(sub.update(of_structure, structure), KEY)
+    off = lambda s: structure.replace(probabilities={"hidden": s})
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got -0.5 to"):
+        sub.sample(off(jnp.full(64, 0.1).at[3].set(-0.5)), KEY)
+    with pytest.raises(ValueError, match=r"add up to 32, above the budget of 16\. Was the structure of another budget"):
+        sub.sample(off(jnp.full(64, 0.5)), KEY)
+    none = sample.first.replace(alive={"hidden": jnp.zeros_like(sample.first.alive["hidden"])})
+    with pytest.raises(ValueError, match="The sample has no unit of hidden: a layer would be empty"):
+        sub.extract(PARAMS, none)
+    with pytest.raises(ValueError, match="No candidate has a finite score"):
+        sub.best(structure, PARAMS, KEY, lambda *_: jnp.nan, candidates=2)
+    with pytest.raises(ValueError, match="candidates must be at least 1"):
+        sub.best(structure, PARAMS, KEY, lambda *_: 0.0, candidates=0)
+
+
+def test_rungs_are_few_and_hold_every_sample():
+    sub = small(0.5)
+    structure = sub.init(PARAMS)
+    seen = set()
+    for i in range(30):
+        sample = sub.sample(structure, jax.random.key(i))
+        for chosen in (sample.first, sample.second):
+            assert chosen.counts()["hidden"] <= chosen.capacities["hidden"]
+            index = np.asarray(chosen.index["hidden"])
+            assert len(np.unique(index)) == len(index)
+        seen.add(sample.first.capacities["hidden"])
+    assert len(seen) <= 2
