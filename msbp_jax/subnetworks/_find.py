@@ -52,7 +52,13 @@ def find_units(target: Any, params: Any, *args: Any, widths: Mapping[str, int] |
         if is_factory(target):
             raise TypeError('A factory of modules has widths: find_units(build, variables, x, widths={"hidden": 512}).')
         return _named(_factors(target, params, args, kwargs))
-    run = lambda variables, *args, **kwargs: built(target, widths).apply(variables, *args, **kwargs)
+    if single := [name for name, width in widths.items() if width < 2]:
+        raise ValueError(f"The width {single[0]!r} is {widths[single[0]]}: there is nothing to choose. Leave it out.")
+
+    def run(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        result = built(target, widths).apply(variables, *args, **kwargs)
+        return result[0] if kwargs.get("mutable") else result  # what it changes is as wide as what it holds
+
     groups = _factors(run, params, args, kwargs)
     return _of_widths(target, dict(widths), groups, args, kwargs)
 
@@ -176,8 +182,6 @@ def _of_widths(
     whole = shapes(widths)
     units = Units()
     for name, width in widths.items():
-        if width < 2:
-            raise ValueError(f"The width {name!r} is {width}: there is nothing to choose. Leave it out of widths.")
         smaller = shapes({**widths, name: width // 2})
         changed = {
             (path, axis)

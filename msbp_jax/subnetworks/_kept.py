@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from msbp_jax.subnetworks._narrow import Chosen, places_of, put, take
+from msbp_jax.subnetworks._narrow import Chosen, Places, places_of, put, take
 from msbp_jax.subnetworks._units import Units
 
 
@@ -26,12 +26,13 @@ def update_kept(
       params: Whole parameters.
       chosen: The sample.
     """
-    where = places_of(units, params)
-    narrowed = lambda leaf, spec: take(leaf, spec, chosen)
-    state = optax.tree_utils.tree_map_params(tx, narrowed, opt_state, where)
-    slices = jax.tree.map(narrowed, params, where)
-    updates, state = tx.update(grads, state, slices)
+    of_params = places_of(units, params)
+    nowhere = lambda _: Places(())
+    in_place = lambda leaf, where: where
+    of_state = optax.tree_utils.tree_map_params(tx, in_place, opt_state, of_params, transform_non_params=nowhere)
+    narrowed = lambda leaf, where: take(leaf, where, chosen)
+    whole = lambda leaf, new, where: put(leaf, new, where, chosen)
+    slices = jax.tree.map(narrowed, params, of_params)
+    updates, state = tx.update(grads, jax.tree.map(narrowed, opt_state, of_state), slices)
     slices = optax.apply_updates(slices, updates)
-    whole = lambda new, leaf, spec: put(leaf, new, spec, chosen)
-    params = jax.tree.map(lambda leaf, new, spec: put(leaf, new, spec, chosen), params, slices, where)
-    return params, optax.tree_utils.tree_map_params(tx, whole, state, opt_state, where)
+    return jax.tree.map(whole, params, slices, of_params), jax.tree.map(whole, opt_state, state, of_state)

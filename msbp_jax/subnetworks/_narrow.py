@@ -73,12 +73,12 @@ def narrow(units: Units, tree: Any, chosen: Chosen) -> Any:
       tree: Parameters, a part of them, variables, or gradients of their shapes.
       chosen: The sample.
     """
-    return jax.tree.map(lambda leaf, spec: take(leaf, spec, chosen), tree, places_of(units, tree))
+    return jax.tree.map(lambda leaf, where: take(leaf, where, chosen), tree, places_of(units, tree))
 
 
-def take(leaf: Any, spec: Places, chosen: Chosen) -> Any:
+def take(leaf: Any, where: Places, chosen: Chosen) -> Any:
     """Return the slices of one leaf."""
-    for group, axis, outer, inner in spec.places:
+    for group, axis, outer, inner in where.places:
         index, alive = chosen.index[group], chosen.alive[group]
         before, after = leaf.shape[:axis], leaf.shape[axis + 1 :]
         cut = leaf.reshape(*before, outer, leaf.shape[axis] // (outer * inner), inner, *after)
@@ -90,6 +90,26 @@ def take(leaf: Any, spec: Places, chosen: Chosen) -> Any:
     return leaf
 
 
+def cleared(units: Units, tree: Any, narrowed: Any, chosen: Chosen) -> Any:
+    """Return slices with zeros where they fill up: the gradient there is none of a parameter's.
+
+    Args:
+      units: Where units are.
+      tree: The whole.
+      narrowed: Its slices.
+      chosen: The sample.
+    """
+
+    def one(new: Any, where: Places) -> Any:
+        for group, axis, outer, inner in where.places:
+            alive = jnp.tile(chosen.alive[group].repeat(inner), outer)
+            shape = (1,) * axis + (alive.size,) + (1,) * (new.ndim - axis - 1)
+            new = jnp.where(jnp.broadcast_to(alive.reshape(shape), new.shape), new, jnp.zeros((), new.dtype))
+        return new
+
+    return jax.tree.map(one, narrowed, places_of(units, tree))
+
+
 def widen(units: Units, tree: Any, narrowed: Any, chosen: Chosen) -> Any:
     """Return a pytree with the slices of a sample replaced; all others, and those that fill up, stay.
 
@@ -99,23 +119,23 @@ def widen(units: Units, tree: Any, narrowed: Any, chosen: Chosen) -> Any:
       narrowed: What `narrow` returns of such a tree, changed.
       chosen: The sample.
     """
-    put_back = lambda leaf, new, spec: put(leaf, new, spec, chosen)
+    put_back = lambda leaf, new, where: put(leaf, new, where, chosen)
     return jax.tree.map(put_back, tree, narrowed, places_of(units, tree))
 
 
-def put(leaf: Any, new: Any, spec: Places, chosen: Chosen) -> Any:
+def put(leaf: Any, new: Any, where: Places, chosen: Chosen) -> Any:
     """Return one leaf with its slices replaced."""
-    if not spec.places:
+    if not where.places:
         return new
     entries = [jnp.arange(length) for length in leaf.shape]
-    for group, axis, outer, inner in spec.places:
+    for group, axis, outer, inner in where.places:
         index, alive = chosen.index[group], chosen.alive[group]
         units = leaf.shape[axis] // (outer * inner)
         beyond = outer * units + jnp.arange(len(index))  # dropped, and each another one
         unit = jnp.where(alive, index, beyond)[None, :, None]
-        at = (jnp.arange(outer)[:, None, None] * units + unit) * inner + jnp.arange(inner)
+        at = (jnp.arange(outer)[:, None, None] * units + unit) * inner + jnp.arange(inner)[None, None]
         entries[axis] = at.reshape(-1)
-    last = max(place.axis for place in spec.places)
+    last = max(place.axis for place in where.places)
     # Behind the last axis with units whole slices are copied.
     grid = tuple(at.reshape(-1, *(1 for _ in range(last - axis))) for axis, at in enumerate(entries[: last + 1]))
     return leaf.at[grid].set(new.astype(leaf.dtype), mode="drop", unique_indices=True)

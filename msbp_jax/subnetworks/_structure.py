@@ -88,13 +88,13 @@ def _threshold(s: Float[Array, " units"], budget: Float[Array, ""]) -> Float[Arr
     def above(v: jax.Array) -> jax.Array:
         """Return sum max(s - v, 0)."""
         at = jnp.searchsorted(ascending, v, side="right")
-        return after[at] - (s.size - at) * v
+        return after[at] - (s.size - at).astype(s.dtype) * v
 
     sums = above(breaks) - above(breaks + 1)
     # The sum falls with v: the last break at which it is still above the budget starts the piece with the root.
     piece = jnp.maximum(jnp.sum(sums > budget) - 1, 0)
     middle = (breaks[piece] + breaks[jnp.minimum(piece + 1, breaks.size - 1)]) / 2
-    full = jnp.sum(s - middle >= 1)
+    full = jnp.sum(s - middle >= 1).astype(s.dtype)
     inside = (s > middle) & (s - middle < 1)
     # From the members of the piece themselves, which rounds once, not once a term of a running sum.
-    return (jnp.where(inside, s, 0).sum() - (budget - full)) / jnp.maximum(inside.sum(), 1)
+    return (jnp.where(inside, s, 0).sum() - (budget - full)) / jnp.maximum(inside.sum(), 1).astype(s.dtype)

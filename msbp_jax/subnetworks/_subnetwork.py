@@ -136,7 +136,9 @@ class Subnetwork:
             slices = [_narrow.narrow(units, params, chosen) for chosen in (sample.first, sample.second)]
             gradient = jax.value_and_grad(of, argnums=1, has_aux=True)
             (value, aux), grads = gradient(sample.first, slices[0])
-            if not kept_only:
+            if kept_only:
+                grads = _narrow.cleared(units, params, grads, sample.first)
+            else:
                 grads = _pulled(units, params, sample.first, grads)
             if weights == "both":
                 (other, _), more = gradient(sample.second, slices[1])
@@ -254,6 +256,7 @@ class Subnetwork:
     def _number(self, every: int, step: Any) -> Any:
         budget = self._budget(step) if callable(self._budget) else self._budget
         if callable(self._budget):
+            budget = jnp.asarray(budget, jnp.float32)
             return jnp.where(budget <= 1, budget * every, jnp.minimum(budget, every))
         return budget * every if budget <= 1 else budget
 

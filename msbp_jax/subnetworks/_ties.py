@@ -73,13 +73,17 @@ def _results(name: str, eqn: Any, dims: list[Dims], are: list[bool]) -> list[Dim
 
 
 def _alike(dims: list[Dims], shape: tuple[int, ...]) -> Dims:
+    """Tie all operands; an axis of length 1 fits any."""
     whole = [of for of in dims if len(of) == len(shape)]
     if not whole:
         return [fresh(length) for length in shape]
-    for other in whole[1:]:
-        for a, b in zip(whole[0], other, strict=True):
-            unite(a, b)
-    return list(whole[0])
+    found: Dims = []
+    for axis in range(len(shape)):
+        long = [of[axis] for of in whole if of[axis]]
+        for other in long[1:]:
+            unite(long[0], other)
+        found.append(long[0] if long else [])
+    return found
 
 
 def _inside(program: Any, dims: list[Dims], are: list[bool]) -> list[Dims]:

@@ -202,9 +202,10 @@ def test_the_best_draw_is_taken_out():
     hidden = jax.nn.sigmoid(ROWS @ params["w"] + params["b"][None]) * masks_of(sub, best)[None]
     CLOSE(f(little, ROWS), hidden @ params["v"])
     CLOSE(f(little, ROWS), F(sub.masked(params, best), ROWS))
-    worst = [float(squares(F, sub.masked(params, c), ROWS, WANTED)) for k in range(3)
-             for c in [sub.sample(structure, jax.random.key(k)).first]]  # fmt: skip
-    assert float(squares(f, little, ROWS, WANTED)) <= max(worst) + 1e-6
+    samples = [sub.sample(structure, key) for key in jax.random.split(jax.random.key(7), 3)]
+    drawn = [chosen for sample in samples for chosen in (sample.first, sample.second)][:5]
+    scores = [float(squares(F, sub.masked(params, chosen), ROWS, WANTED)) for chosen in drawn]
+    assert float(squares(f, little, ROWS, WANTED)) == pytest.approx(min(scores), rel=1e-4)
 
 
 def test_an_nnx_module_by_its_state():
@@ -238,7 +239,8 @@ def test_a_sparse_backward_in_the_small_network():
 
         @nn.compact
         def __call__(self, x):
-            return nn.Dense(3)(nn.relu(nn.Dense(self.width)(x)))
+            x = nn.relu(nn.Dense(self.width)(x))
+            return nn.Dense(3)(x)
 
     build = lambda widths: msbp.sparse_vjp(MLP(widths["hidden"]), msbp.sample_rows(density=0.5))
     variables = MLP(64).init(KEY, ROWS)
@@ -304,8 +306,10 @@ def test_other_things_that_are_refused():
     with pytest.raises(ValueError, match="The gradient of both samples is of the units of either"):
         run(squares, weights="both", kept_only=True)
     _, _, of_structure = run(lambda model, p, x, y: squares(model, p, x, y) * jnp.nan)
+    with jax.numpy_dtype_promotion("standard"):  # as Optax has it
+        broken = sub.update(of_structure, structure)
     with pytest.raises(ValueError, match="Probabilities of 'hidden' are not finite: the loss of an earlier step"):
-        sub.sample(sub.update(of_structure, structure), KEY)
+        sub.sample(broken, KEY)
     off = lambda s: structure.replace(probabilities={"hidden": s})
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got -0.5 to"):
         sub.sample(off(jnp.full(64, 0.1).at[3].set(-0.5)), KEY)
