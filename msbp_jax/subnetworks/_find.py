@@ -112,7 +112,7 @@ def _factors(run: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs
         return run(jax.tree.unflatten(structure, leaves), *args, **kwargs)
 
     program = jax.make_jaxpr(flattened)([leaf for _, leaf in keyed], arrays)
-    jaxpr = program.jaxpr
+    jaxpr: Any = program.jaxpr
     dims = [[fresh(length) for length in var.aval.shape] for var in jaxpr.invars]
     for of in dims[len(keyed) :]:
         block(of, "it is an axis of the model's arguments")

@@ -25,6 +25,11 @@ class Chosen(struct.PyTreeNode):
     index: dict[str, Int[Array, " capacity"]]
     alive: dict[str, Bool[Array, " capacity"]]
 
+    @classmethod
+    def of(cls, masks: dict[str, np.ndarray]) -> Chosen:
+        """Return the units of masks, by group, True where one is kept; for a choice that was made in another way."""
+        return chosen_of(masks, {name: int(np.sum(mask)) for name, mask in masks.items()})
+
     @property
     def capacities(self) -> dict[str, int]:
         """How many places each group has."""

@@ -1,0 +1,1 @@
+"""What training by small subnetworks reaches, and in what time."""
