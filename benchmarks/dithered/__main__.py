@@ -21,7 +21,7 @@ import numpy as np
 import msbp_jax as msbp
 from benchmarks.dithered import networks, training, workers
 from benchmarks.helpers import machine, paths
-from benchmarks.helpers.records import once, today
+from benchmarks.helpers.records import file_of, once, today
 from benchmarks.helpers.tables import markdown
 
 type Run = dict[str, Any]
@@ -57,7 +57,7 @@ def run(folder: pathlib.Path, settings: dict[str, Any], make: Callable[[], Run])
       settings: What tells runs apart.
       make: Runs it.
     """
-    label = " ".join(f"{key} {value}" for key, value in settings.items())
+    label = _label(settings)
 
     def made() -> Run:
         found = settings | {"date": today(), "machine": machine.describe("not used")} | make()
@@ -65,6 +65,14 @@ def run(folder: pathlib.Path, settings: dict[str, Any], make: Callable[[], Run])
         return found
 
     return once(folder, label, made)
+
+
+def _label(settings: dict[str, Any]) -> str:
+    return " ".join(f"{key} {value}" for key, value in settings.items())
+
+
+def _file(folder: pathlib.Path, settings: dict[str, Any]) -> pathlib.Path:
+    return file_of(folder, _label(settings))
 
 
 def zeros(folder: pathlib.Path, names: Iterable[str], args: argparse.Namespace) -> str:
@@ -76,11 +84,15 @@ def zeros(folder: pathlib.Path, names: Iterable[str], args: argparse.Namespace) 
         plans |= {f"scale {scale}": msbp.dithered(scale) for scale in SCALES}
         plans |= {f"scale {scale}, 8 bits": msbp.dithered(scale, bits=8) for scale in IN_8_BITS}
         runs: dict[str, list[Run]] = {plan: [] for plan in plans}
-        for seed in range(args.seeds):
+        settings = lambda plan, seed, name=name: {"data": _data(args), "task": name, "plan": plan, "seed": seed}
+        seeds = args.seeds  # and further ones that are there
+        while all(_file(folder, settings(plan, seeds)).is_file() for plan in plans):
+            seeds += 1
+        for seed in range(seeds):
             for plan, sparsifier in plans.items():
                 make = lambda task=task, sparsifier=sparsifier, seed=seed: training.train(task, sparsifier, seed)
-                runs[plan].append(run(folder, {"data": _data(args), "task": name, "plan": plan, "seed": seed}, make))
-        text += f"\n### {name}\n\n{markdown([_row_of_zeros(plan, runs) for plan in plans])}\n"
+                runs[plan].append(run(folder, settings(plan, seed), make))
+        text += f"\n### {name}, {seeds} seeds\n\n{markdown([_row_of_zeros(plan, runs) for plan in plans])}\n"
     return text
 
 
@@ -167,7 +179,8 @@ def main(arguments: list[str] | None = None) -> None:
     about = machine.describe("not used")
     for name in chosen:
         head = f"{about['processor']} ({(about['instruction sets'] or ['no native kernels'])[0]}), JAX {about['jax']}"
-        text = f"Written by `python -m benchmarks.dithered {name}`, {today()}, {head}, {args.seeds} seeds.\n\n"
+        text = f"Written by `python -m benchmarks.dithered {name}`, {today()}, {head}"
+        text += f", {args.seeds} seeds and those that were there.\n\n"
         text += sections[name]()
         (out / f"{name}.md").write_text(text)
         print("\n" + text, flush=True)

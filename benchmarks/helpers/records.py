@@ -88,13 +88,18 @@ def once(folder: pathlib.Path, label: str, make: Callable[[], Row]) -> Row:
       label: What tells runs apart.
       make: Makes it.
     """
-    file = folder / (re.sub(r"\W+", "_", label) + ".json")
+    file = file_of(folder, label)
     if file.is_file():
         return json.loads(file.read_text())
     found = make()
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found) + "\n")
     return found
+
+
+def file_of(folder: pathlib.Path, label: str) -> pathlib.Path:
+    """Return where `once` keeps a run."""
+    return folder / (re.sub(r"\W+", "_", label) + ".json")
 
 
 def finished(folder: pathlib.Path) -> dict[str, Part]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,13 @@ import optax
 from msbp_jax import _checks
 from msbp_jax.subnetworks import _narrow, _structure
 from msbp_jax.subnetworks._kept import update_kept
+from msbp_jax.subnetworks._memory import places_of_memory
 from msbp_jax.subnetworks._model import Models
 from msbp_jax.subnetworks._narrow import Chosen, chosen_of
 from msbp_jax.subnetworks._sample import Sample, sampled
 from msbp_jax.subnetworks._structure import Structure
 from msbp_jax.subnetworks._units import Units, check, declared, total
+from msbp_jax.training._value_and_grad import check_loss, value_and_grad
 
 type Budget = float | int | Callable[[Any], Any]
 
@@ -113,29 +116,46 @@ class Subnetwork:
 
         Returns:
           A function `(params, structure, sample, *args, **kwargs)` that returns `(loss, grads, structure gradients)`,
-          or `((loss, aux), grads, structure gradients)`. jit it: it compiles once for each set of capacities.
+          or `((loss, aux), grads, structure gradients)`. jit it: it compiles once for each set of capacities. With a
+          keyword `memory=`, that of a model of `sparse_vjp` in full, the loss is `loss_fn(model, params, memory, ...)`,
+          whose memory is narrow, and the new one, of the first sample, is returned as a fourth result.
 
         Raises:
           TypeError: The loss is not a real scalar.
-          ValueError: `weights` is neither, or "both" with `kept_only`.
+          ValueError: `weights` is neither, or "both" with `kept_only` or a memory.
         """
         if weights not in ("first", "both"):
             raise ValueError(f'weights must be "first" or "both", got {weights!r}.')
         if weights == "both" and kept_only:
             raise ValueError('The gradient of both samples is of the units of either: with weights="both" it is whole.')
 
-        def run(params: Any, structure: Structure, sample: Sample, *args: Any, **kwargs: Any) -> Any:
+        def run(
+            params: Any, structure: Structure, sample: Sample, *args: Any, memory: Any = None, **kwargs: Any
+        ) -> Any:
+            if weights == "both" and memory is not None:
+                raise ValueError('A memory is that of the first sample: with weights="both" there is none.')
             units = self.units(params)
+            remembered = None if memory is None else places_of_memory(units, params, memory)
 
-            def of(chosen: Chosen, narrowed: Any) -> tuple[jax.Array, Any]:
-                result = loss_fn(self._models.at(units, chosen), narrowed, *args, **kwargs)
+            def of(chosen: Chosen, narrowed: Any, *state: Any) -> tuple[jax.Array, Any]:
+                result = loss_fn(self._models.at(units, chosen), narrowed, *state, *args, **kwargs)
                 value, aux = result if has_aux else (result, None)
-                _check_loss(value)
+                check_loss(value)
                 return jnp.asarray(value), aux
+
+            def state_of(chosen: Chosen) -> list[Any]:
+                cut = lambda leaf, where: _narrow.take(leaf, where, chosen)
+                return [] if memory is None else [jax.tree.map(cut, memory, remembered)]
 
             slices = [_narrow.narrow(units, params, chosen) for chosen in (sample.first, sample.second)]
             gradient = jax.value_and_grad(of, argnums=1, has_aux=True)
-            (value, aux), grads = gradient(sample.first, slices[0])
+            if memory is None:
+                (value, aux), grads = gradient(sample.first, slices[0])
+            else:
+                through = value_and_grad(functools.partial(of, sample.first), has_aux=True)
+                (value, aux), grads, after = through(slices[0], *state_of(sample.first))
+                put_back = lambda leaf, new, where: _narrow.put(leaf, new, where, sample.first)
+                memory = jax.tree.map(put_back, memory, after, remembered)
             if kept_only:
                 grads = _narrow.cleared(units, params, grads, sample.first)
             else:
@@ -145,12 +165,13 @@ class Subnetwork:
                 more = _pulled(units, params, sample.second, more)
                 grads = jax.tree.map(lambda a, b: (a + b) / 2, grads, more)
             else:
-                other, _ = of(sample.second, slices[1])
+                other, _ = of(sample.second, slices[1], *state_of(sample.second))
             masks = sample.first.masks(units), sample.second.masks(units)
             difference = (value - other).astype(jnp.float32)
             of_structure = _structure.gradient(structure.probabilities, *masks, difference, self._alpha)
             value = (value + other) / 2 if weights == "both" else value
-            return ((value, aux) if has_aux else value), grads, of_structure
+            found = (value, aux) if has_aux else value
+            return (found, grads, of_structure) if memory is None else (found, grads, of_structure, memory)
 
         return run
 
@@ -265,12 +286,3 @@ def _pulled(units: Units, params: Any, chosen: Chosen, grads: Any) -> Any:
     """Return the gradient of whole parameters, from that of their slices."""
     _, pull_back = jax.vjp(lambda params: _narrow.narrow(units, params, chosen), params)
     return pull_back(grads)[0]
-
-
-def _check_loss(value: Any) -> None:
-    dtype = jnp.result_type(value)
-    if jnp.shape(value) != () or not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"The loss must be a real scalar, got shape {jnp.shape(value)} and dtype {dtype}. If the loss function "
-            "returns something besides the loss, return (loss, aux) and pass has_aux=True."
-        )

@@ -257,6 +257,47 @@ def test_a_sparse_backward_in_the_small_network():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
+def test_a_memory_is_narrow_with_its_layer():
+    """What is remembered of units that were not drawn stays; that of the others is the narrow model's own."""
+
+    class MLP(nn.Module):
+        width: int
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Dense(self.width)(x))
+            return nn.Dense(3)(x)
+
+    plan = {"Dense_0/*": msbp.memorized(msbp.top_k(k=2), decay=0.5)}
+    build = lambda widths: msbp.sparse_vjp(MLP(widths["hidden"]), plan)
+    variables = MLP(64).init(KEY, ROWS)
+    units = {"hidden": [("Dense_0/kernel", 1), ("Dense_0/bias", 0), ("Dense_1/kernel", 0)]}
+    sub = msbp.subnetwork(build, units=units, budget=0.25)
+    params, structure = variables["params"], sub.init(variables)
+    sample = sub.sample(structure, KEY)
+    memory = jax.tree.map(lambda leaf: leaf + 0.5, build({"hidden": 64}).init_memory(variables, ROWS))
+
+    def loss_fn(model, params, memory, x, y):
+        return ((model.apply({"params": params}, x, memory=memory) - y) ** 2).mean()
+
+    run = jax.jit(sub.value_and_grad(loss_fn, kept_only=True))
+    loss, grads, _, after = run(params, structure, sample, ROWS, WANTED, memory=memory)
+    drawn = sample.first.masks(sub.units(params))["hidden"]
+    (before_leaf,), (after_leaf,) = jax.tree.leaves(memory), jax.tree.leaves(after)
+    np.testing.assert_array_equal(after_leaf[~drawn], before_leaf[~drawn])
+    assert (after_leaf[drawn] != before_leaf[drawn]).any()
+    exact = msbp.Chosen.of({"hidden": np.asarray(drawn)})
+    model, small = sub.extract(params, exact)
+    narrow = lambda p, m: loss_fn(model, p, m, ROWS, WANTED)
+    own = jax.tree.map(lambda leaf: leaf[drawn], memory)
+    want, _, want_memory = msbp.value_and_grad(narrow)(small, own)
+    CLOSE(loss, want)
+    CLOSE(after_leaf[drawn], jax.tree.leaves(want_memory)[0])
+    assert grads["Dense_0"]["kernel"].shape == (4, sample.first.capacities["hidden"])
+    with pytest.raises(ValueError, match="A memory is that of the first sample"):
+        sub.value_and_grad(loss_fn, weights="both")(params, structure, sample, ROWS, WANTED, memory=memory)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

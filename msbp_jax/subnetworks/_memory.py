@@ -1,0 +1,34 @@
+"""The memory of a sparse backward, narrow with the layers that it belongs to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from msbp_jax._checks import is_array
+from msbp_jax.subnetworks._narrow import Places
+from msbp_jax.subnetworks._units import Units, paths, places
+
+
+def places_of_memory(units: Units, params: Any, memory: Any) -> Any:
+    """Return a pytree like a memory with a `Places` for each leaf.
+
+    What a site remembers has the features of its weight along its last axis, and so the units that these are.
+
+    Args:
+      units: Where units are.
+      params: The whole parameters.
+      memory: By site, as `init_memory` returns it.
+    """
+    weights = dict(paths(params))
+
+    def of(path: Any, leaf: Any) -> Places:
+        weight = weights.get(str(getattr(path[0], "key", "")).split("#")[0]) if path else None
+        if weight is None or not is_array(leaf) or not leaf.ndim or leaf.shape[-1] != weight.shape[-1]:
+            return Places(())
+        name = str(path[0].key).split("#")[0]
+        features = [place for place in places(units, name, weight) if place.axis == weight.ndim - 1]
+        return Places(tuple(place._replace(axis=leaf.ndim - 1) for place in features))
+
+    return jax.tree_util.tree_map_with_path(of, memory)

@@ -1,0 +1,47 @@
+"""Training by subnetworks runs, small, beside narrower and pruned networks, and goes on where it stopped."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.subnetwork import __main__ as command
+from benchmarks.subnetwork import methods, tasks
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_every_method_ends_with_as_many_units(name):
+    task = tasks.make(name, None, small=True)
+    whole = sum(task.widths.values())
+    for method, function in methods.METHODS.items():
+        found = function(task, 0.5, 0)
+        assert 0 <= found["accuracy"] <= 100
+        assert found["seconds"] > 0
+        assert found["programs"] >= 1
+        assert abs(found["units"] - whole / 2) <= (whole / 4 if method == "subnetworks" else 1)
+
+
+def test_from_the_command_line(tmp_path, monkeypatch, capsys):
+    arguments = [
+        "--tasks",
+        "mlp",
+        "--small",
+        "--seeds",
+        "1",
+        "--shares",
+        "0.5",
+        "--rounds",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    command.main(arguments)
+    files = sorted((tmp_path / "train").iterdir())
+    assert len(files) == 1 + len(methods.METHODS)
+    assert np.isfinite(json.loads(files[0].read_text())["accuracy"])
+    monkeypatch.setattr(methods, "dense", None)  # nothing is run again
+    command.main(["train", *arguments])
+    assert "| subnetworks | 0.5 |" in capsys.readouterr().out
+    assert "dense/step" in (tmp_path / "steps_mlp.md").read_text()
