@@ -40,10 +40,10 @@ def find_units(target: Any, params: Any, *args: Any, widths: Mapping[str, int] |
 
     Example:
       >>> import jax, jax.numpy as jnp, msbp_jax as msbp
-      >>> f = lambda p, x: jax.nn.relu(x @ p["w"] + p["b"]) @ p["v"]
-      >>> params = {"w": jnp.ones((4, 64)), "b": jnp.zeros(64), "v": jnp.ones((64, 3))}
-      >>> print(msbp.find_units(f, params, jnp.ones((2, 4))))
-      b: 64 units: b[0], v[0], w[1]
+      >>> f = lambda p, x: jax.nn.relu(x @ p["w"]) @ p["v"]
+      >>> params = {"w": jnp.ones((4, 64)), "v": jnp.ones((64, 3))}
+      >>> msbp.find_units(f, params, jnp.ones((2, 4)))
+      {'v': Group(size=64, axes=(Axis(path='v', axis=0, inner=1), Axis(path='w', axis=1, inner=1)))}
 
     References:
       Fang et al., DepGraph: towards any structural pruning, 2023 (arXiv 2301.12900), for ties of a whole network.
