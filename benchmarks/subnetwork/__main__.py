@@ -130,7 +130,7 @@ def train(task: tasks.Task, args: argparse.Namespace, folder: pathlib.Path) -> l
     for seed in range(args.seeds):
         for plan in plans:
             runs[plan].append(run(*plan, seed))
-    mean = lambda plan, key: float(np.mean([one[key] for one in runs[plan]]))
+    mean = lambda plan, key: float(np.mean([one.get(key, 0.0) for one in runs[plan]]))
     return [
         {
             "method": plan[0],
@@ -138,7 +138,8 @@ def train(task: tasks.Task, args: argparse.Namespace, folder: pathlib.Path) -> l
             "accuracy, %": f"{mean(plan, 'accuracy'):.2f} ± {np.std([r['accuracy'] for r in runs[plan]]):.2f}",
             "seconds": round(mean(plan, "seconds"), 1),
             "dense/seconds": round(mean(("dense", 1.0), "seconds") / mean(plan, "seconds"), 2),
-            "compiling, s": round(mean(plan, "compiling"), 1),
+            "units in the end": round(mean(plan, "units")),
+            "compiling and choosing, s": round(mean(plan, "compiling") + mean(plan, "selecting"), 1),
             "programs": round(mean(plan, "programs"), 1),
         }
         for plan in plans

@@ -152,11 +152,11 @@ def by_subnetworks(task: Task, share: float, seed: int) -> Run:
     params, stats = split(variables)
     state = jax.tree.map(jnp.copy, (params, stats, tx.init(params), sub.init(variables)))
     x, y = jnp.asarray(task.images.train_x), jnp.asarray(task.images.train_y)
-    key, at, drawing = jax.random.key(seed), 0, 0.0
+    key, at, drawing, sample = jax.random.key(seed), 0, 0.0, None
     for epoch in first:
         for rows in task.order(seed, epoch):
             begun = time.perf_counter()
-            sample = sub.sample(state[3], jax.random.fold_in(key, at))
+            sample = sub.sample(state[3], jax.random.fold_in(key, at), sample)
             drawing += time.perf_counter() - begun
             state, _ = clock.call(step, state, sample, x[rows], y[rows])
             at += 1
@@ -164,10 +164,16 @@ def by_subnetworks(task: Task, share: float, seed: int) -> Run:
     variables = {"params": state[0], **state[1]}
     rows = task.order(seed, task.epochs)[0]
     score = lambda model, variables, x, y: loss_fn(model.model, variables["params"], split(variables)[1], x, y)[0]
+    begun = time.perf_counter()
     best = sub.best(state[3], variables, jax.random.fold_in(key, at), score, x[rows], y[rows])
+    selecting = time.perf_counter() - begun
     certain = np.concatenate([np.asarray(s) for s in state[3].probabilities.values()])
     settled = round(float(((certain < 0.02) | (certain > 0.98)).mean()), 3)
-    return _tuned(task, sub, variables, best, last, seed, clock) | {"drawing": round(drawing, 2), "settled": settled}
+    return _tuned(task, sub, variables, best, last, seed, clock) | {
+        "drawing": round(drawing, 2),
+        "selecting": round(selecting, 2),
+        "settled": settled,
+    }
 
 
 def _tuned(

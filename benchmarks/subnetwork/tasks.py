@@ -121,7 +121,7 @@ def make(name: str, folder: pathlib.Path | None, *, small: bool) -> Task:
         return task
     x, y, test_x, test_y = task.images[1:]
     images = task.images._replace(train_x=x[:256], train_y=y[:256], test_x=test_x[:100], test_y=test_y[:100])
-    widths = dict.fromkeys(task.widths, 16)
+    widths = dict.fromkeys(task.widths, 64 if name == "mlp" else 32)
     return dataclasses.replace(task, images=images, widths=widths, batch=64, epochs=2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ import jax
 from msbp_jax._checks import is_array, path_name
 from msbp_jax.subnetworks._factors import Factor, block, flat, fresh
 from msbp_jax.subnetworks._ties import tie
-from msbp_jax.subnetworks._units import Axis, Group, Units, is_variables
+from msbp_jax.subnetworks._units import Axis, Group, Units, is_variables, paths, places
 
 
 def find_units(target: Any, params: Any, *args: Any, widths: Mapping[str, int] | None = None, **kwargs: Any) -> Units:
@@ -55,10 +56,7 @@ def find_units(target: Any, params: Any, *args: Any, widths: Mapping[str, int] |
     if single := [name for name, width in widths.items() if width < 2]:
         raise ValueError(f"The width {single[0]!r} is {widths[single[0]]}: there is nothing to choose. Leave it out.")
 
-    def run(variables: Any, *args: Any, **kwargs: Any) -> Any:
-        result = built(target, widths).apply(variables, *args, **kwargs)
-        return result[0] if kwargs.get("mutable") else result  # what it changes is as wide as what it holds
-
+    run = lambda variables, *args, **kwargs: _called(target, widths, variables, args, kwargs)
     groups = _factors(run, params, args, kwargs)
     return _of_widths(target, dict(widths), groups, args, kwargs)
 
@@ -181,8 +179,8 @@ def _of_widths(
     shapes = lambda of: _shapes(built(build, of), args, kwargs)
     whole = shapes(widths)
     units = Units()
-    for name, width in widths.items():
-        smaller = shapes({**widths, name: width // 2})
+    for name in widths:
+        smaller = _smaller(shapes, widths, name)
         changed = {
             (path, axis)
             for path, shape in whole.items()
@@ -200,9 +198,69 @@ def _of_widths(
                 f"{reasons or 'none'}. Declare the units, or give those axes widths of their own."
             )
         units[name] = _group(max(fitting, key=lambda group: group.factor.size))
+    units.widths = widths
     blocked = (group for group in groups if group.factor.reason)
     units.left = tuple((group.axes[0][1].path, f"{_told(group)}: {group.factor.reason}") for group in blocked)
     return units
+
+
+def _smaller(
+    shapes: Callable[[dict[str, int]], dict[str, tuple[int, ...]]], widths: dict[str, int], name: str
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes at a smaller width, the first that the module can have."""
+    width = widths[name]
+    for smaller in dict.fromkeys((width // 2, 2 * (width // 3), 3 * (width // 4), width - 1)):
+        with contextlib.suppress(Exception):
+            return shapes({**widths, name: smaller})
+    try:
+        return shapes({**widths, name: width // 2})
+    except Exception as error:
+        raise ValueError(
+            f"With a width {name!r} of {width // 2} in place of {width} the module cannot be initialized: "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def blocked_axes(
+    target: Any, units: Units, widths: Mapping[str, int], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[tuple[str, str, str]]:
+    """Return (group, axis, reason) for units whose number the program itself depends on, where that is certain.
+
+    Args:
+      target: A function, or a factory.
+      units: Where units are.
+      widths: Of a factory, in full; empty for a function.
+      params: The whole parameters, or variables.
+      args: Of the model.
+      kwargs: Of the model.
+    """
+    run = (lambda variables, *args, **kwargs: _called(target, widths, variables, args, kwargs)) if widths else target
+    factors: dict[tuple[str, int], list[Factor]] = {}
+    for found in _factors(run, params, args, kwargs):
+        for place in found.places:
+            factors.setdefault(place, []).append(found.factor)
+    blocked = []
+    for path, leaf in paths(params):
+        for place in places(units, path, leaf):
+            same = [one for one in factors.get((path, place.axis), []) if one.size == units[place.group].size]
+            reasons = [one.reason for one in same]
+            if reasons and all(reason.startswith(_CERTAIN) for reason in reasons):
+                blocked.append((place.group, f"{path}[{place.axis}]", reasons[0]))
+    return blocked
+
+
+# Reasons that say what the program does with all units together, as opposed to what is not known of it.
+_CERTAIN = (
+    "it is reduced by",
+    "it is contracted where neither",
+    "it is counted by",
+    "it comes from a constant",
+)
+
+
+def _called(build: Any, widths: Mapping[str, int], variables: Any, args: Any, kwargs: Any) -> Any:
+    result = built(build, widths).apply(variables, *args, **kwargs)
+    return result[0] if kwargs.get("mutable") else result  # what it changes is as wide as what it holds
 
 
 def _shapes(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, tuple[int, ...]]:

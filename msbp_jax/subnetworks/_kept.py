@@ -27,12 +27,50 @@ def update_kept(
       chosen: The sample.
     """
     of_params = places_of(units, params)
-    nowhere = lambda _: Places(())
-    in_place = lambda leaf, where: where
-    of_state = optax.tree_utils.tree_map_params(tx, in_place, opt_state, of_params, transform_non_params=nowhere)
+    _check_state(opt_state)
+    of_state = optax.tree_utils.tree_map_params(
+        tx,
+        _in_place,
+        opt_state,
+        of_params,
+        jax.tree.map(_Shape, params),
+        transform_non_params=lambda _: Places(()),
+        is_leaf=_is_masked,
+    )
     narrowed = lambda leaf, where: take(leaf, where, chosen)
     whole = lambda leaf, new, where: put(leaf, new, where, chosen)
     slices = jax.tree.map(narrowed, params, of_params)
     updates, state = tx.update(grads, jax.tree.map(narrowed, opt_state, of_state), slices)
     slices = optax.apply_updates(slices, updates)
     return jax.tree.map(whole, params, slices, of_params), jax.tree.map(whole, opt_state, state, of_state)
+
+
+class _Shape:
+    """The shape of a parameter; a leaf of a pytree itself."""
+
+    def __init__(self, leaf: Any) -> None:
+        self.shape = tuple(leaf.shape)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _in_place(leaf: Any, where: Places, of: _Shape) -> Any:
+    if _is_masked(leaf):
+        return leaf
+    if where.places and tuple(leaf.shape) != of.shape:
+        raise ValueError(
+            f"update_kept narrows what an optimizer holds in the shapes of the parameters, and this one holds "
+            f"{leaf.shape} for a parameter of shape {of.shape}, as Adafactor does. Use tx.update with whole gradients."
+        )
+    return where
+
+
+def _check_state(opt_state: Any) -> None:
+    accumulates = lambda node: isinstance(node, optax.MultiStepsState)
+    if any(map(accumulates, jax.tree.leaves(opt_state, is_leaf=accumulates))):
+        raise ValueError(
+            "optax.MultiSteps adds up gradients of several samples, whose units differ. Use tx.update with whole "
+            "gradients."
+        )

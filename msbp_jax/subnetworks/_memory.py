@@ -14,7 +14,8 @@ from msbp_jax.subnetworks._units import Units, paths, places
 def places_of_memory(units: Units, params: Any, memory: Any) -> Any:
     """Return a pytree like a memory with a `Places` for each leaf.
 
-    What a site remembers has the features of its weight along its last axis, and so the units that these are.
+    What a site remembers has the features of its weight along its last axis, and so the units that these are. They are
+    the last axis of the weight, as in Flax's kernels.
 
     Args:
       units: Where units are.

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from msbp_jax.subnetworks import _narrow
-from msbp_jax.subnetworks._find import built, is_factory
+from msbp_jax.subnetworks._find import blocked_axes, built, is_factory
 from msbp_jax.subnetworks._narrow import Chosen, chosen_of
 from msbp_jax.subnetworks._units import Units
 
@@ -61,19 +61,31 @@ class Models:
         """Return the model with so many units of each group."""
         if not self._is_factory:
             return self.target
-        whole = {name: group.size * group.axes[0].inner for name, group in units.items()} | self._widths
+        whole = self.full(units)
         return built(self.target, whole | {n: whole[n] * counts[n] // group.size for n, group in units.items()})
+
+    def full(self, units: Units) -> dict[str, int]:
+        """Return the full widths of a factory; none of a function."""
+        if not self._is_factory:
+            return {}
+        own = {name: group.size * group.axes[0].inner for name, group in units.items()}
+        return own | dict(units.widths) | self._widths
 
     def at(self, units: Units, chosen: Chosen) -> Narrow:
         """Return the model of a sample, as loss functions get it."""
         return Narrow(self.of(units, chosen.capacities), units, chosen)
 
     def check(self, units: Units, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise unless the model runs with fewer units of each group, by shapes alone.
+        """Raise unless the model runs with fewer units of each group, and does nothing with all of them together.
 
         Raises:
-          ValueError: It does not.
+          ValueError: It does not. What the model raises in full is raised as it is.
         """
+        full = self.full(units)
+        for name, axis, reason in blocked_axes(self.target, units, full, params, args, kwargs):
+            raise ValueError(
+                f"The units of {name!r} cannot be left out: {axis}: {reason}. msbp.find_units says which can."
+            )
         for name, group in units.items():
             counts = {other: of.size for other, of in units.items()} | {name: max(1, group.size // 2)}
             chosen = chosen_of({n: np.arange(units[n].size) < count for n, count in counts.items()}, counts)

@@ -20,10 +20,13 @@ class Chosen(struct.PyTreeNode):
     Attributes:
       index: By group `[capacity]`, int32: the unit at each place, ascending, and then others that fill it up.
       alive: By group `[capacity]`: whether the unit is of the sample.
+      drawn: By group `[capacity]`: whether it was drawn. Where no unit of a group was, the most probable one is of the
+        sample all the same, as a layer without units is none.
     """
 
     index: dict[str, Int[Array, " capacity"]]
     alive: dict[str, Bool[Array, " capacity"]]
+    drawn: dict[str, Bool[Array, " capacity"]]
 
     @classmethod
     def of(cls, masks: dict[str, np.ndarray]) -> Chosen:
@@ -39,19 +42,28 @@ class Chosen(struct.PyTreeNode):
         """Return how many units each group has; of arrays that are not traced."""
         return {name: int(np.sum(alive)) for name, alive in self.alive.items()}
 
-    def masks(self, units: Units) -> dict[str, Bool[Array, " units"]]:
-        """Return a mask of all units of each group, True where one is of the sample."""
+    def masks(self, units: Units, *, drawn: bool = False) -> dict[str, Bool[Array, " units"]]:
+        """Return a mask of all units of each group, True where one is of the sample, or was drawn."""
+        which = self.drawn if drawn else self.alive
         return {
-            name: jnp.zeros(units[name].size, bool).at[index].set(self.alive[name], unique_indices=True)
+            name: jnp.zeros(units[name].size, bool).at[index].set(which[name], unique_indices=True)
             for name, index in self.index.items()
         }
 
 
-def chosen_of(masks: dict[str, np.ndarray], capacities: dict[str, int]) -> Chosen:
-    """Return the units of masks, True where one is of the sample, in places of these numbers."""
+def chosen_of(
+    masks: dict[str, np.ndarray], capacities: dict[str, int], drawn: dict[str, np.ndarray] | None = None
+) -> Chosen:
+    """Return the units of masks, True where one is of the sample, in places of these numbers.
+
+    Args:
+      masks: By group.
+      capacities: By group.
+      drawn: Masks of what was drawn, where that is another.
+    """
     index = {n: np.argsort(~mask, kind="stable")[: capacities[n]].astype(np.int32) for n, mask in masks.items()}
-    alive = {name: masks[name][at] for name, at in index.items()}
-    return Chosen(jax.tree.map(jnp.asarray, index), jax.tree.map(jnp.asarray, alive))
+    at = lambda masks: {name: jnp.asarray(masks[name][places]) for name, places in index.items()}
+    return Chosen(jax.tree.map(jnp.asarray, index), at(masks), at(masks if drawn is None else drawn))
 
 
 class Places:

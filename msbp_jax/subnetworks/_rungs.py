@@ -35,8 +35,8 @@ def rungs(size: int, ratio: float) -> list[int]:
     return found
 
 
-def capacity(size: int, ratio: float, mean: float, variance: float, least: int) -> int:
-    """Return the smallest rung that holds almost every sample, and this one.
+def capacity(size: int, ratio: float, mean: float, variance: float, least: int, previous: int | None = None) -> int:
+    """Return the smallest rung that holds almost every sample, and this one; or the one before, if it is next to it.
 
     Args:
       size: Units of the group.
@@ -44,6 +44,11 @@ def capacity(size: int, ratio: float, mean: float, variance: float, least: int) 
       mean: Of the number of units in a sample.
       variance: Of it.
       least: How many there are in this sample.
+      previous: The capacity before, so that one that wavers between two rungs stays at the upper one.
     """
     wanted = max(least, min(size, math.ceil(mean + _MARGIN * math.sqrt(variance))), 1)
-    return min(rung for rung in rungs(size, ratio) if rung >= wanted)
+    known = rungs(size, ratio)
+    found = min(rung for rung in known if rung >= wanted)
+    if previous in known and 0 <= known.index(found) - known.index(previous) <= 1:
+        return previous
+    return found

@@ -76,8 +76,18 @@ def projected(probabilities: Probabilities, budget: float | Float[Array, ""]) ->
       budget: How many units there may be on the average.
     """
     s = jnp.concatenate([probabilities[name] for name in sorted(probabilities)])
-    v = jnp.where(jnp.clip(s, 0, 1).sum() > budget, _threshold(s, jnp.asarray(budget, s.dtype)), 0)
+    budget = jnp.asarray(budget, s.dtype)
+    v = jnp.where(jnp.clip(s, 0, 1).sum() > budget, _threshold(_bounded(s, budget), budget), 0)
     return {name: jnp.clip(value - v, 0, 1) for name, value in probabilities.items()}
+
+
+def _bounded(s: Float[Array, " units"], budget: Float[Array, ""]) -> Float[Array, " units"]:
+    """Return values that have the same threshold, none of them so large that others are rounded away beside it.
+
+    The threshold is at least 0; and at most the value behind the `budget` largest, above which by 1 a unit is certain.
+    """
+    behind = jnp.maximum(s.size - 1 - jnp.floor(budget).astype(jnp.int32), 0)
+    return jnp.clip(s, 0, jnp.maximum(jnp.sort(s)[behind], 0) + 1)
 
 
 def _threshold(s: Float[Array, " units"], budget: Float[Array, ""]) -> Float[Array, ""]:

@@ -45,6 +45,7 @@ class Subnetwork:
         self.target = target
         self._declared = units
         self._budget = budget
+        self._is_share = (float(budget(0)) if callable(budget) else budget) <= 1  # a schedule: by where it begins
         self._optimizer = optimizer
         self._alpha = alpha
         self._ratio = ratio
@@ -80,15 +81,18 @@ class Subnetwork:
         probabilities = {name: jnp.full(group.size, share, jnp.float32) for name, group in units.items()}
         return Structure(probabilities, self._optimizer.init(probabilities), jnp.zeros((), jnp.int32))
 
-    def sample(self, structure: Structure, key: jax.Array) -> Sample:
+    def sample(self, structure: Structure, key: jax.Array, previous: Sample | None = None) -> Sample:
         """Return two draws of units, in capacities that programs are compiled for.
 
-        Capacities follow the probabilities, and grow where a draw needs more: nothing is cut off. It is called outside
-        of `jax.jit`.
+        Capacities follow the probabilities, and grow where a draw needs more: nothing is cut off. Where no unit of a
+        group was drawn, its most probable one is taken; the estimate is that of the loss with this rule. It is called
+        outside of `jax.jit`.
 
         Args:
           structure: The structure.
           key: Typed PRNG key; another one for every step.
+          previous: The sample before: its capacities are kept while they are at most one rung too large, so that fewer
+            programs are compiled.
 
         Raises:
           TypeError: Called on traced arrays.
@@ -99,7 +103,7 @@ class Subnetwork:
                 "sample decides on the sizes of programs: call it outside of jax.jit, and pass its result in."
             )
         every = sum(s.size for s in structure.probabilities.values())
-        return sampled(structure, key, float(self._number(every, structure.step)), self._ratio)
+        return sampled(structure, key, float(self._number(every, structure.step)), self._ratio, previous)
 
     def value_and_grad(
         self, loss_fn: Callable[..., Any], *, has_aux: bool = False, weights: str = "first", kept_only: bool = False
@@ -135,6 +139,7 @@ class Subnetwork:
             if weights == "both" and memory is not None:
                 raise ValueError('A memory is that of the first sample: with weights="both" there is none.')
             units = self.units(params)
+            _check_structure(structure, units)
             remembered = None if memory is None else places_of_memory(units, params, memory)
 
             def of(chosen: Chosen, narrowed: Any, *state: Any) -> tuple[jax.Array, Any]:
@@ -166,7 +171,7 @@ class Subnetwork:
                 grads = jax.tree.map(lambda a, b: (a + b) / 2, grads, more)
             else:
                 other, _ = of(sample.second, slices[1], *state_of(sample.second))
-            masks = sample.first.masks(units), sample.second.masks(units)
+            masks = [chosen.masks(units, drawn=True) for chosen in (sample.first, sample.second)]
             difference = (value - other).astype(jnp.float32)
             of_structure = _structure.gradient(structure.probabilities, *masks, difference, self._alpha)
             value = (value + other) / 2 if weights == "both" else value
@@ -247,7 +252,8 @@ class Subnetwork:
         scored = jax.jit(of)
         samples = [self.sample(structure, k) for k in jax.random.split(key, -(-count // 2))]
         drawn = [chosen for sample in samples for chosen in (sample.first, sample.second)]
-        scores = [float(scored(params, chosen, *args)) for chosen in drawn[:count]]
+        drawn = drawn[:count]
+        scores = [float(scored(params, chosen, *args)) for chosen in drawn]
         if not np.isfinite(scores).any():
             raise ValueError(f"No candidate has a finite score: {scores}.")
         return self._exact(units, drawn[int(np.nanargmin(scores))])
@@ -275,11 +281,18 @@ class Subnetwork:
         return chosen_of(masks, {name: int(mask.sum()) for name, mask in masks.items()})
 
     def _number(self, every: int, step: Any) -> Any:
-        budget = self._budget(step) if callable(self._budget) else self._budget
-        if callable(self._budget):
-            budget = jnp.asarray(budget, jnp.float32)
-            return jnp.where(budget <= 1, budget * every, jnp.minimum(budget, every))
-        return budget * every if budget <= 1 else budget
+        budget = jnp.asarray(self._budget(step), jnp.float32) if callable(self._budget) else self._budget
+        return budget * every if self._is_share else budget
+
+
+def _check_structure(structure: Structure, units: Units) -> None:
+    got = {name: s.size for name, s in structure.probabilities.items()}
+    expected = {name: group.size for name, group in units.items()}
+    if got != expected:
+        raise ValueError(
+            f"The structure has probabilities of {got} units, and the parameters have {expected}. Was that of another "
+            "model restored? sub.init(params) makes it."
+        )
 
 
 def _pulled(units: Units, params: Any, chosen: Chosen, grads: Any) -> Any:

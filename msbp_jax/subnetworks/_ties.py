@@ -14,14 +14,20 @@ _BY_ENTRY: Final = {
     "abs", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "bitcast_convert_type", "cbrt", "ceil",
     "clamp", "convert_element_type", "copy", "copy_p", "cos", "cosh", "div", "eq", "erf", "erf_inv", "erfc", "exp",
     "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p", "logistic", "lt", "max",
-    "min", "mul", "name", "ne", "neg", "nextafter", "not", "optimization_barrier", "or", "pow", "pvary", "real",
-    "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_logical", "sign", "sin",
-    "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
+    "min", "mul", "name", "ne", "neg", "nextafter", "not", "or", "pow", "real", "reduce_precision", "rem", "reshard",
+    "round", "rsqrt", "select_n", "sharding_constraint", "shift_left", "shift_right_logical", "sign", "sin", "sinh",
+    "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
 }  # fmt: skip
 _CALLS: Final = {
     "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "remat2": "jaxpr",
     "checkpoint": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",
+}  # fmt: skip
+
+
+# What a parameter goes through and stays one, with the axes it has.
+_TURNS: Final = {
+    "reshape", "transpose", "convert_element_type", "squeeze", "copy", "slice", "dynamic_slice", "sharding_constraint",
 }  # fmt: skip
 
 
@@ -53,13 +59,15 @@ def tie(jaxpr: Any, consts: Sequence[Dims], inputs: Sequence[Dims], parameters: 
             block([dim for dims_of in dims for dim in dims_of], f"it goes through {name}")
             results = [[fresh(n, f"it comes from {name}") for n in var.aval.shape] for var in eqn.outvars]
         known.update(zip(eqn.outvars, results, strict=True))
-        if name in ("reshape", "transpose", "convert_element_type", "squeeze", "copy", "broadcast_in_dim") and are[0]:
+        if name in _TURNS and are[0]:
             given.update(eqn.outvars)
     return [of(atom) for atom in jaxpr.outvars]
 
 
 def _results(name: str, eqn: Any, dims: list[Dims], are: list[bool]) -> list[Dims] | None:
     """Return the axes of a primitive's results; None for one that is not known."""
+    if name in ("optimization_barrier", "pvary"):
+        return dims
     if name in _BY_ENTRY:
         return [_alike(dims, var.aval.shape) for var in eqn.outvars]
     if name in _CALLS and _CALLS[name] in eqn.params:

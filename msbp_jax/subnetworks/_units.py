@@ -43,9 +43,11 @@ class Units(dict[str, Group]):
 
     Attributes:
       left: What is no group, and why, by the axes that would be.
+      widths: Of a factory, all of its full widths, those of groups that were deleted too.
     """
 
     left: tuple[tuple[str, str], ...] = ()
+    widths: Mapping[str, int] = {}
 
     def __str__(self) -> str:
         """Return a line for each group with its axes, and for each that is none, with the reason."""
@@ -130,7 +132,7 @@ def declared(units: Any, tree: Any) -> Units:
         if made.size < 2:
             raise ValueError(f"Group {name!r} has a single unit: there is nothing to choose. Leave it out of units.")
         found[str(name)] = made
-    found.left = getattr(units, "left", ())
+    found.left, found.widths = getattr(units, "left", ()), getattr(units, "widths", {})
     return found
 
 

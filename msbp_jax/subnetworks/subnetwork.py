@@ -38,7 +38,7 @@ def subnetwork(
       units: What `msbp.find_units` returns, or `{group: [(pattern of paths, axis), ...]}`. A factory's widths have the
         names of the groups.
       budget: Share of all units that a sample has on the average, in (0, 1]; an integer above 1 is their number. Or an
-        Optax schedule of either, by the structure's step.
+        Optax schedule, by the structure's step, of what it begins with: shares, or numbers.
       widths: Full widths of a factory; by default what the first axis of each group says.
       optimizer: Of the probabilities; `optax.adam(12e-3)` by default, the paper's. Others may diverge from a gradient
         whose scale is that of the loss.
@@ -76,8 +76,7 @@ def subnetwork(
         raise TypeError(
             f'units must be {{"hidden": [("Dense_0/kernel", 1), ...]}}, or what msbp.find_units returns, got {units!r}.'
         )
-    if not callable(budget):
-        _check_budget(budget)
+    _check_budget(float(budget(0)) if callable(budget) else budget)
     exponent = _checks.fraction("alpha", alpha, zero=True, meaning="exponent of the preconditioner s (1 - s)")
     ratio = _checks.number("rung_ratio", rung_ratio, "between the capacities that programs are compiled for")
     if not 1 < ratio <= 16:

@@ -35,6 +35,25 @@ def every_pair(s, loss, alpha):
     return np.asarray(found, np.float64), p[at[:, 0]] * p[at[:, 1]]
 
 
+def test_unbiased_with_ten_gates():
+    """All pairs of 1,024 masks, a million."""
+    gates = 10
+    every = np.array(list(itertools.product([0, 1], repeat=gates)), bool)
+    with jax.enable_x64(True):
+        s = jnp.asarray(np.random.default_rng(3).uniform(0.05, 0.95, gates))
+        loss = jnp.asarray(2 + np.random.default_rng(4).normal(size=len(every)))
+        of_mask = lambda s: jnp.where(every, s[None], 1 - s[None]).prod(axis=1)
+        p = of_mask(s)
+
+        def mean_over_second(m, value):
+            of = lambda other, theirs: structure.gradient({"g": s}, {"g": m}, {"g": other}, value - theirs, 0.5)["g"]
+            return p @ jax.vmap(of)(jnp.asarray(every), loss)
+
+        found = p @ jax.lax.map(lambda one: mean_over_second(*one), (jnp.asarray(every), loss), batch_size=64)
+        want = jax.grad(lambda s: (of_mask(s) * loss).sum())(s) * jnp.sqrt(s * (1 - s))
+        np.testing.assert_allclose(found, want, rtol=1e-8, atol=1e-12)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_unbiased_by_enumeration(alpha, seed):
@@ -83,6 +102,22 @@ def test_certain_units_have_no_gradient():
     found = structure.gradient(s, m, other, jnp.float32(3), 0.5)["g"]
     np.testing.assert_allclose(found, [0, 0, 3], rtol=1e-6)
     assert np.isnan(structure.gradient(s, m, other, jnp.float32(np.nan), 0.5)["g"]).all()
+
+
+@pytest.mark.parametrize(
+    ("z", "budget", "want"),
+    [
+        ([-1e8, 0.9, 0.9, 0.3], 1.0, [0, 0.5, 0.5, 0]),
+        ([1e8, 0.9, 0.9, 0.3], 1.5, [1, 0.25, 0.25, 0]),
+        ([1e8, 0.9, 0.9, 0.3], 1.0, [1, 0, 0, 0]),
+        ([3.0, 3.0], 1.0, [0.5, 0.5]),
+        ([2.0], 0.5, [0.5]),
+        ([0.2, 0.3], 2.0, [0.2, 0.3]),
+    ],
+)
+def test_projections_with_outliers(z, budget, want):
+    got = structure.projected({"g": jnp.asarray(z, jnp.float32)}, budget)["g"]
+    np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 @given(st.integers(2, 12), st.floats(0.05, 1.2), st.integers(0, 10_000), st.booleans())

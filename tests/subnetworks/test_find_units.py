@@ -141,6 +141,7 @@ LEFT = {
     "sorted": (lambda h: jnp.sort(h, axis=1), "goes through sort"),
     "summed along": (lambda h: h * h.sum(1, keepdims=True), "reduced by reduce_sum"),
     "counted along": (lambda h: h * jnp.arange(12.0)[None], "counted by iota"),
+    "broadcast": (lambda h: jax.nn.sigmoid(h) @ jnp.broadcast_to(h[:1, :1], (12, 12)), "contracted where neither"),
     "a constant": (lambda h: h * np.linspace(0, 1, 12, dtype=np.float32)[None], "comes from a constant"),
     "a running sum": (lambda h: jnp.cumsum(h, axis=1), "goes through cumsum"),
     "a while loop": (lambda h: jax.lax.while_loop(lambda h: h.sum() < 0, lambda h: h + 1, h), "goes through while"),
@@ -157,6 +158,46 @@ def test_what_is_left_has_a_reason(name):
     units = msbp.find_units(lambda p, x: within(x @ p["i"]) @ p["o"], params, jnp.ones((2, 4)))
     assert not units
     assert any(reason in told for _, told in units.left), units.left
+
+
+def test_a_barrier_ties_nothing():
+    f = lambda p, x: sum(h @ w for h, w in zip(
+        jax.lax.optimization_barrier((x @ p["a"], x @ p["b"])), (p["c"], p["d"]), strict=True))  # fmt: skip
+    params = {"a": jnp.ones((4, 16)), "b": jnp.ones((4, 8)), "c": jnp.ones((16, 3)), "d": jnp.ones((8, 3))}
+    assert sorted(group.size for group in msbp.find_units(f, params, jnp.ones((2, 4))).values()) == [8, 16]
+
+
+def test_a_parameter_that_is_broadcast_reads_nothing():
+    f = lambda p, x: jax.nn.sigmoid(x @ p["w"]) @ jnp.broadcast_to(p["c"], (12, 3))
+    units = msbp.find_units(f, {"w": jnp.ones((4, 12)), "c": jnp.ones((1, 3))}, jnp.ones((2, 4)))
+    assert not units
+
+
+def test_a_width_that_has_no_half():
+    """The first that the module can have is taken."""
+
+    class Grouped(nn.Module):
+        widths: dict
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.GroupNorm(num_groups=None, group_size=8)(nn.Dense(self.widths["h"])(x))
+            return nn.Dense(3)(x)
+
+    variables = Grouped({"h": 24}).init(jax.random.key(0), jnp.ones((2, 4)))
+    units = msbp.find_units(Grouped, variables, jnp.ones((2, 4)), widths={"h": 24})
+    assert units["h"].size == 3
+
+    class Fixed(Grouped):
+        @nn.compact
+        def __call__(self, x):
+            if self.widths["h"] != 24:
+                raise RuntimeError("there is no other")
+            return Grouped.__call__(self, x)
+
+    variables = Fixed({"h": 24}).init(jax.random.key(0), jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match="With a width 'h' of 12 in place of 24 the module cannot be initialized"):
+        msbp.find_units(Fixed, variables, jnp.ones((2, 4)), widths={"h": 24})
 
 
 def test_what_is_refused():

@@ -192,6 +192,82 @@ def test_an_update_of_kept_units_leaves_the_others():
     assert (after["v"][~still] != params["v"][~still]).all()
 
 
+def test_optimizers_of_several_parts():
+    """States with parameters left out are narrowed where they are; those of other shapes are refused."""
+    sub = small()
+    structure = sub.init(PARAMS)
+    sample = sub.sample(structure, KEY)
+    _, narrow, _ = sub.value_and_grad(squares, kept_only=True)(PARAMS, structure, sample, ROWS, WANTED)
+    _, whole, _ = sub.value_and_grad(squares)(PARAMS, structure, sample, ROWS, WANTED)
+    labels = {"w": "a", "b": "b", "v": "a"}
+    chains = {
+        "two": optax.multi_transform({"a": optax.adam(0.1), "b": optax.sgd(0.1, momentum=0.5)}, labels),
+        "masked": optax.chain(optax.masked(optax.trace(0.5), {"w": True, "b": False, "v": True}), optax.adam(0.1)),
+    }  # fmt: skip
+    with jax.numpy_dtype_promotion("standard"):  # as Optax has it
+        for tx in chains.values():
+            state = tx.init(PARAMS)
+            updates, _ = tx.update(whole, state, PARAMS)
+            params, after = sub.update_kept(tx, narrow, state, PARAMS, sample.first)
+            CLOSE(params, optax.apply_updates(PARAMS, updates))
+            assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+        factored = optax.adafactor(0.1, min_dim_size_to_factor=2)
+        with pytest.raises(ValueError, match=r"as Adafactor does\. Use tx\.update with whole gradients"):
+            sub.update_kept(factored, narrow, factored.init(PARAMS), PARAMS, sample.first)
+        several = optax.MultiSteps(optax.sgd(0.1), 2)
+        with pytest.raises(ValueError, match="MultiSteps adds up gradients of several samples"):
+            sub.update_kept(several, narrow, several.init(PARAMS), PARAMS, sample.first)
+
+
+def test_a_layer_is_never_empty():
+    """The most probable unit serves; the estimate is that of the loss with this rule, unbiased."""
+    f = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]
+    params = {"w": PARAMS["w"][:, :3], "v": PARAMS["v"][:3]}
+    sub = msbp.subnetwork(f, units={"h": [("w", 1), ("v", 0)]}, budget=1 / 3 + 1e-6, alpha=0.0)
+    structure = sub.init(params).replace(probabilities={"h": jnp.array([0.2, 0.5, 0.3])})
+
+    def loss_of(mask):
+        mask = mask if mask.any() else np.array([False, True, False])
+        return float(((f({"w": params["w"], "v": params["v"] * mask[:, None]}, ROWS) - WANTED) ** 2).mean())
+
+    every = [np.array([i & 1, i & 2, i & 4], bool) for i in range(8)]
+    losses = jnp.array([loss_of(mask) for mask in every])
+    mean = lambda s: sum(loss * jnp.where(mask, s, 1 - s).prod() for mask, loss in zip(every, losses, strict=True))
+    want = jax.grad(mean)(structure.probabilities["h"])
+    run = jax.jit(sub.value_and_grad(squares))
+    found, forced = [], 0
+    for i in range(1500):
+        sample = sub.sample(structure, jax.random.key(i))
+        forced += int((sample.first.drawn["h"] != sample.first.alive["h"]).any())
+        assert min(sample.first.counts()["h"], sample.second.counts()["h"]) >= 1
+        found.append(run(params, structure, sample, ROWS, WANTED)[2]["h"])
+    assert 300 < forced < 550  # .8 x .5 x .7 of the draws
+    error = np.std(found, axis=0) / np.sqrt(len(found))
+    assert (np.abs(np.mean(found, axis=0) - want) < 4 * error).all()
+
+
+def test_capacities_of_the_sample_before_are_kept():
+    sub = small(0.5)
+    structure = sub.init(PARAMS)
+    sample = sub.sample(structure, KEY)
+    fewer = structure.replace(probabilities={"hidden": jnp.full(64, 0.42)})
+    alone, after = sub.sample(fewer, KEY), sub.sample(fewer, KEY, sample)
+    assert alone.first.capacities["hidden"] < after.first.capacities["hidden"] == sample.first.capacities["hidden"]
+    few = structure.replace(probabilities={"hidden": jnp.full(64, 0.1)})
+    assert sub.sample(few, KEY, sample).first.capacities["hidden"] < 30
+
+
+def test_bfloat16_parameters():
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    sub = small()
+    structure = sub.init(params)
+    sample = sub.sample(structure, KEY)
+    x, y = ROWS.astype(jnp.bfloat16), WANTED.astype(jnp.bfloat16)
+    loss, grads, of_structure = jax.jit(sub.value_and_grad(squares))(params, structure, sample, x, y)
+    assert loss.dtype == grads["w"].dtype == jnp.bfloat16
+    assert of_structure["hidden"].dtype == jnp.float32
+
+
 def test_the_best_draw_is_taken_out():
     sub = small()
     (params, _, structure, _), _, _ = trained(40)
@@ -337,6 +413,21 @@ def test_other_things_that_are_refused():
         msbp.subnetwork(3, units=UNITS, budget=0.5)
     with pytest.raises(ValueError, match=r"With 32 of the 64 units of 'hidden' the model does not run.*TypeError"):
         msbp.subnetwork(F, units={"hidden": UNITS["hidden"][:2]}, budget=0.5).init(PARAMS, ROWS)
+    normed = lambda p, x: (h := x @ p["w"]) / (1 + jnp.square(h).mean(1, keepdims=True)) @ p["v"]
+    with pytest.raises(ValueError, match=r"units of 'hidden' cannot be left out: v\[0\]: it is reduced by reduce_sum"):
+        msbp.subnetwork(normed, units={"hidden": [("w", 1), ("v", 0)]}, budget=0.5).init(PARAMS, ROWS)
+    other = sub.init(
+        {name: jnp.concatenate([leaf, leaf], axis=-1 if name != "v" else 0) for name, leaf in PARAMS.items()}
+    )
+    with pytest.raises(ValueError, match=r"The structure has probabilities of \{'hidden': 128\} units"):
+        sub.value_and_grad(squares)(PARAMS, other, sample, ROWS, WANTED)
+    for schedule, got in (
+        (lambda step: 0.5 - 0.5 * (step > 0), "0 units"),
+        (lambda step: 0.5 if step == 0 else np.nan, "nan"),
+    ):
+        scheduled = small(schedule)
+        with pytest.raises(ValueError, match=f"The budget at step 1 is {got}"):
+            scheduled.sample(scheduled.init(PARAMS).replace(step=jnp.int32(1)), KEY)
     with pytest.raises(TypeError, match=r"call it outside of jax\.jit"):
         jax.jit(lambda s: sub.sample(s, KEY).first.index)(structure)
     run = lambda loss, **options: sub.value_and_grad(loss, **options)(PARAMS, structure, sample, ROWS, WANTED)
