@@ -45,6 +45,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", type=pathlib.Path, help="folder with MNIST and CIFAR-10")
     p.add_argument("--out", type=pathlib.Path, help="folder; benchmarks/results/dithered by default")
     p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--scales", type=int, nargs="*", help=f"of `zeros`, in floats; {SCALES} by default")
+    p.add_argument("--in-8-bits", type=int, nargs="*", help=f"the same in 8 bits; {IN_8_BITS} by default")
     p.add_argument("--small", action="store_true", help="a few steps; written into build/benchmarks")
     return p
 
@@ -81,8 +83,10 @@ def zeros(folder: pathlib.Path, names: Iterable[str], args: argparse.Namespace) 
     for name in names:
         task = networks.make(name, args.data, small=args.small)
         plans: dict[str, msbp.Sparsifier | None] = {"dense": None}
-        plans |= {f"scale {scale}": msbp.dithered(scale) for scale in SCALES}
-        plans |= {f"scale {scale}, 8 bits": msbp.dithered(scale, bits=8) for scale in IN_8_BITS}
+        in_floats = SCALES if args.scales is None else args.scales
+        in_8_bits = IN_8_BITS if args.in_8_bits is None else args.in_8_bits
+        plans |= {f"scale {scale}": msbp.dithered(scale) for scale in in_floats}
+        plans |= {f"scale {scale}, 8 bits": msbp.dithered(scale, bits=8) for scale in in_8_bits}
         runs: dict[str, list[Run]] = {plan: [] for plan in plans}
         settings = lambda plan, seed, name=name: {"data": _data(args), "task": name, "plan": plan, "seed": seed}
         seeds = args.seeds  # and further ones that are there

@@ -2,6 +2,7 @@
 
 python -m benchmarks.subnetwork --data FOLDER              # everything
 python -m benchmarks.subnetwork steps --tasks mlp          # time and memory of a step
+python -m benchmarks.subnetwork variance                   # of the structure's gradient
 python -m benchmarks.subnetwork train --shares 0.1 --seeds 1
 python -m benchmarks.subnetwork --small                    # minute sizes, to see that it runs
 """
@@ -22,19 +23,20 @@ from benchmarks.helpers import machine, paths
 from benchmarks.helpers.records import once, today
 from benchmarks.helpers.tables import markdown
 from benchmarks.helpers.timing import Timed, medians, training
-from benchmarks.subnetwork import methods, tasks
+from benchmarks.subnetwork import methods, tasks, variance
 
 SHARES = (0.5, 0.2, 0.1, 0.05)
+PARTS = ("steps", "variance", "train")
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     p = argparse.ArgumentParser(
         "python -m benchmarks.subnetwork",
-        description=f"{__doc__}\n{tasks.__doc__}\n{methods.__doc__}",
+        description=f"{__doc__}\n{tasks.__doc__}\n{variance.__doc__}\n{methods.__doc__}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("parts", nargs="*", choices=("steps", "train"), metavar="part", help="both by default")
+    p.add_argument("parts", nargs="*", choices=PARTS, metavar="part", help="all by default")
     p.add_argument("--tasks", nargs="*", choices=tuple(tasks.TASKS), default=list(tasks.TASKS))
     p.add_argument("--shares", nargs="*", type=float, default=list(SHARES), help="of the units that are kept")
     p.add_argument("--data", type=pathlib.Path, help="folder with MNIST and CIFAR-10; digits without it")
@@ -157,10 +159,14 @@ def main(arguments: list[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     about = machine.describe("not used")
     head = f"{about['processor']} ({(about['instruction sets'] or ['no native kernels'])[0]}), JAX {about['jax']}"
-    for part in args.parts or ("steps", "train"):
+    for part in args.parts or PARTS:
         for name in args.tasks:
             task = tasks.make(name, args.data, small=args.small)
-            table = steps(task, args.shares, args.rounds) if part == "steps" else train(task, args, out / "train")
+            table = {
+                "steps": lambda task: steps(task, args.shares, args.rounds),
+                "variance": lambda task: variance.measure(task, args.shares[-1]),
+                "train": lambda task: train(task, args, out / "train"),
+            }[part](task)
             seeds = f", {args.seeds} seeds" if part == "train" else ""
             text = f"Written by `python -m benchmarks.subnetwork {part}`, {today()}, {head}{seeds}.\n\n"
             (out / f"{part}_{name}.md").write_text(f"# {part}: {name}\n\n{text}{markdown(table)}\n")

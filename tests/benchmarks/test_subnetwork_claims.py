@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.subnetwork import __main__ as command
-from benchmarks.subnetwork import methods, tasks
+from benchmarks.subnetwork import methods, tasks, variance
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,15 @@ def test_every_method_ends_with_as_many_units(name):
         assert abs(found["units"] - whole / 2) <= (whole / 4 if method == "subnetworks" else 1)
 
 
+def test_variances(monkeypatch):
+    monkeypatch.setattr(variance, "DRAWS", 40)
+    for row in variance.measure(tasks.make("mlp", None, small=True), 0.5):
+        assert row["no baseline / VR-PGE"] > 1
+        assert row["running mean / VR-PGE"] > 0
+
+
 def test_from_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(variance, "DRAWS", 3)
     arguments = [
         "--tasks",
         "mlp",

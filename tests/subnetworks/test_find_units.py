@@ -141,7 +141,6 @@ LEFT = {
     "sorted": (lambda h: jnp.sort(h, axis=1), "goes through sort"),
     "summed along": (lambda h: h * h.sum(1, keepdims=True), "reduced by reduce_sum"),
     "counted along": (lambda h: h * jnp.arange(12.0)[None], "counted by iota"),
-    "broadcast": (lambda h: jax.nn.sigmoid(h) @ jnp.broadcast_to(h[:1, :1], (12, 12)), "contracted where neither"),
     "a constant": (lambda h: h * np.linspace(0, 1, 12, dtype=np.float32)[None], "comes from a constant"),
     "a running sum": (lambda h: jnp.cumsum(h, axis=1), "goes through cumsum"),
     "a while loop": (lambda h: jax.lax.while_loop(lambda h: h.sum() < 0, lambda h: h + 1, h), "goes through while"),

@@ -227,7 +227,7 @@ def test_a_layer_is_never_empty():
     structure = sub.init(params).replace(probabilities={"h": jnp.array([0.2, 0.5, 0.3])})
 
     def loss_of(mask):
-        mask = mask if mask.any() else np.array([False, True, False])
+        mask = (mask if mask.any() else np.array([False, True, False])).astype(np.float32)
         return float(((f({"w": params["w"], "v": params["v"] * mask[:, None]}, ROWS) - WANTED) ** 2).mean())
 
     every = [np.array([i & 1, i & 2, i & 4], bool) for i in range(8)]
@@ -421,10 +421,10 @@ def test_other_things_that_are_refused():
     )
     with pytest.raises(ValueError, match=r"The structure has probabilities of \{'hidden': 128\} units"):
         sub.value_and_grad(squares)(PARAMS, other, sample, ROWS, WANTED)
-    for schedule, got in (
-        (lambda step: 0.5 - 0.5 * (step > 0), "0 units"),
-        (lambda step: 0.5 if step == 0 else np.nan, "nan"),
-    ):
+    for got, schedule in {
+        "0 units": lambda step: jnp.where(step > 0, 0.0, 0.5),
+        "nan": lambda step: jnp.where(step > 0, jnp.nan, 0.5),
+    }.items():
         scheduled = small(schedule)
         with pytest.raises(ValueError, match=f"The budget at step 1 is {got}"):
             scheduled.sample(scheduled.init(PARAMS).replace(step=jnp.int32(1)), KEY)
