@@ -237,8 +237,8 @@ def blocked_axes(
     run = (lambda variables, *args, **kwargs: _called(target, widths, variables, args, kwargs)) if widths else target
     factors: dict[tuple[str, int], list[Factor]] = {}
     for found in _factors(run, params, args, kwargs):
-        for place in found.places:
-            factors.setdefault(place, []).append(found.factor)
+        for of_leaf in found.places:
+            factors.setdefault(of_leaf, []).append(found.factor)
     blocked = []
     for path, leaf in paths(params):
         for place in places(units, path, leaf):

@@ -171,9 +171,9 @@ class Subnetwork:
                 grads = jax.tree.map(lambda a, b: (a + b) / 2, grads, more)
             else:
                 other, _ = of(sample.second, slices[1], *state_of(sample.second))
-            masks = [chosen.masks(units, drawn=True) for chosen in (sample.first, sample.second)]
+            first, second = (chosen.masks(units, drawn=True) for chosen in (sample.first, sample.second))
             difference = (value - other).astype(jnp.float32)
-            of_structure = _structure.gradient(structure.probabilities, *masks, difference, self._alpha)
+            of_structure = _structure.gradient(structure.probabilities, first, second, difference, self._alpha)
             value = (value + other) / 2 if weights == "both" else value
             found = (value, aux) if has_aux else value
             return (found, grads, of_structure) if memory is None else (found, grads, of_structure, memory)
