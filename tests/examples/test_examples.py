@@ -3,6 +3,7 @@
 import importlib.util
 import lzma
 import pathlib
+import sys
 import tarfile
 
 import jax
@@ -25,15 +26,19 @@ def _as_users_have_it():
 
 
 def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"examples_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module  # where dataclasses look their annotations up
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[spec.name]
     return module
 
 
 def test_there_are_examples():
     small = {"quickstart", "nnx_quickstart", "plain_jax", "equinox_mlp", "haiku_mlp", "plan", "custom_sparsifier"}
-    small |= {"prune_and_finetune"}
+    small |= {"prune_and_finetune", "subnetworks"}
     assert {path.stem for path in EXAMPLES} == small | set(ON_DATA)
     assert all(len(path.read_text().splitlines()) < 150 for path in EXAMPLES)
 
