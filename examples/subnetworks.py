@@ -1,4 +1,4 @@
-"""Training by a fifth of the units at a time, the best draw taken out, and fine-tuning of the small network.
+"""Training by fewer and fewer of the units, down to a fifth; the best draw is taken out and fine-tuned.
 
 python examples/subnetworks.py
 """
@@ -47,7 +47,8 @@ def main(steps: int = 300) -> list[float]:
     variables = MLP(WIDTHS).init(jax.random.key(0), x[:1])
     units = msbp.find_units(MLP, variables, x[:1], widths=WIDTHS)
     print(units)
-    sub, tx = msbp.subnetwork(MLP, units=units, budget=BUDGET), optax.adam(1e-2)
+    shrinking = optax.linear_schedule(0.6, BUDGET, steps // 2)
+    sub, tx = msbp.subnetwork(MLP, units=units, budget=shrinking), optax.adam(1e-2)
     params, structure = variables["params"], sub.init(variables, x[:1])
     opt_state = tx.init(params)
 
@@ -68,6 +69,7 @@ def main(steps: int = 300) -> list[float]:
 
     best = sub.best(structure, params, jax.random.key(steps), loss_fn, x, y)
     module, small = sub.extract(params, best)
+    tx = optax.adam(1e-3)
     opt_state = tx.init(small)
     value_and_grad = jax.jit(jax.value_and_grad(lambda small, x, y: loss_fn(module, small, x, y)))
     for number in range(steps // 4):
