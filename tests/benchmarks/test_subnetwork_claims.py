@@ -16,6 +16,8 @@ def test_every_method_ends_with_as_many_units(name):
     task = tasks.make(name, None, small=True)
     whole = sum(task.widths.values())
     for method, function in methods.METHODS.items():
+        if name == "cnn" and method == "narrow":  # which compiles as long as the others and has no part of its own
+            continue
         found = function(task, 0.5, 0)
         assert 0 <= found["accuracy"] <= 100
         assert found["seconds"] > 0

@@ -47,7 +47,7 @@ PROGRAMS = {
 }
 
 
-@settings(max_examples=30)
+@settings(max_examples=16)
 @given(
     st.sampled_from(sorted(PROGRAMS)),
     st.sampled_from(sorted(ROUNDING)),
