@@ -114,8 +114,7 @@ def _factors(run: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs
     dims = [[fresh(length) for length in var.aval.shape] for var in jaxpr.invars]
     for of in dims[len(keyed) :]:
         block(of, "it is an axis of the model's arguments")
-    consts = [[fresh(length, "it comes from a constant") for length in var.aval.shape] for var in jaxpr.constvars]
-    results = tie(jaxpr, consts, dims, [at < len(keyed) for at in range(len(dims))])
+    results = tie(jaxpr, dims, [at < len(keyed) for at in range(len(dims))])
     for of in results:
         block(of, "it is an axis of the model's results")
     found: dict[int, _Found] = {}

@@ -25,10 +25,10 @@ def places_of_memory(units: Units, params: Any, memory: Any) -> Any:
     weights = dict(paths(params))
 
     def of(path: Any, leaf: Any) -> Places:
-        weight = weights.get(str(getattr(path[0], "key", "")).split("#")[0]) if path else None
+        name = str(getattr(path[0], "key", "")).split("#")[0] if path else ""
+        weight = weights.get(name)
         if weight is None or not is_array(leaf) or not leaf.ndim or leaf.shape[-1] != weight.shape[-1]:
             return Places(())
-        name = str(path[0].key).split("#")[0]
         features = [place for place in places(units, name, weight) if place.axis == weight.ndim - 1]
         return Places(tuple(place._replace(axis=leaf.ndim - 1) for place in features))
 

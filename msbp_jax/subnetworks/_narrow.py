@@ -96,15 +96,12 @@ def narrow(units: Units, tree: Any, chosen: Chosen) -> Any:
 def take(leaf: Any, where: Places, chosen: Chosen) -> Any:
     """Return the slices of one leaf."""
     for group, axis, outer, inner in where.places:
-        index, alive = chosen.index[group], chosen.alive[group]
+        index = chosen.index[group]
         before, after = leaf.shape[:axis], leaf.shape[axis + 1 :]
         cut = leaf.reshape(*before, outer, leaf.shape[axis] // (outer * inner), inner, *after)
-        at = len(before) + 1
-        taken = jnp.take(cut, index, axis=at, unique_indices=True, mode="clip")
-        mask = alive.reshape(-1, *(1 for _ in taken.shape[at + 1 :]))
-        taken = jnp.where(jnp.broadcast_to(mask, taken.shape), taken, jnp.zeros((), leaf.dtype))
+        taken = jnp.take(cut, index, axis=axis + 1, unique_indices=True, mode="clip")
         leaf = taken.reshape(*before, outer * len(index) * inner, *after)
-    return leaf
+    return _without_filling(leaf, where, chosen)
 
 
 def cleared(units: Units, tree: Any, narrowed: Any, chosen: Chosen) -> Any:
@@ -116,15 +113,17 @@ def cleared(units: Units, tree: Any, narrowed: Any, chosen: Chosen) -> Any:
       narrowed: Its slices.
       chosen: The sample.
     """
+    clear = lambda new, where: _without_filling(new, where, chosen)
+    return jax.tree.map(clear, narrowed, places_of(units, tree))
 
-    def one(new: Any, where: Places) -> Any:
-        for group, axis, outer, inner in where.places:
-            alive = jnp.tile(chosen.alive[group].repeat(inner), outer)
-            shape = (1,) * axis + (alive.size,) + (1,) * (new.ndim - axis - 1)
-            new = jnp.where(jnp.broadcast_to(alive.reshape(shape), new.shape), new, jnp.zeros((), new.dtype))
-        return new
 
-    return jax.tree.map(one, narrowed, places_of(units, tree))
+def _without_filling(new: Any, where: Places, chosen: Chosen) -> Any:
+    """Return slices of one leaf with zeros for the units that fill a sample up."""
+    for group, axis, outer, inner in where.places:
+        alive = jnp.tile(chosen.alive[group].repeat(inner), outer)
+        shape = (1,) * axis + (alive.size,) + (1,) * (new.ndim - axis - 1)
+        new = jnp.where(jnp.broadcast_to(alive.reshape(shape), new.shape), new, jnp.zeros((), new.dtype))
+    return new
 
 
 def widen(units: Units, tree: Any, narrowed: Any, chosen: Chosen) -> Any:

@@ -152,25 +152,26 @@ class Subnetwork:
                 cut = lambda leaf, where: _narrow.take(leaf, where, chosen)
                 return [] if memory is None else [jax.tree.map(cut, memory, remembered)]
 
-            slices = [_narrow.narrow(units, params, chosen) for chosen in (sample.first, sample.second)]
+            cut_out = lambda chosen: jax.vjp(lambda params: _narrow.narrow(units, params, chosen), params)
+            (first_slices, put_first), (second_slices, put_second) = map(cut_out, (sample.first, sample.second))
             gradient = jax.value_and_grad(of, argnums=1, has_aux=True)
             if memory is None:
-                (value, aux), grads = gradient(sample.first, slices[0])
+                (value, aux), grads = gradient(sample.first, first_slices)
             else:
                 through = value_and_grad(functools.partial(of, sample.first), has_aux=True)
-                (value, aux), grads, after = through(slices[0], *state_of(sample.first))
+                (value, aux), grads, after = through(first_slices, *state_of(sample.first))
                 put_back = lambda leaf, new, where: _narrow.put(leaf, new, where, sample.first)
                 memory = jax.tree.map(put_back, memory, after, remembered)
             if kept_only:
                 grads = _narrow.cleared(units, params, grads, sample.first)
             else:
-                grads = _pulled(units, params, sample.first, grads)
+                (grads,) = put_first(grads)
             if weights == "both":
-                (other, _), more = gradient(sample.second, slices[1])
-                more = _pulled(units, params, sample.second, more)
+                (other, _), more = gradient(sample.second, second_slices)
+                (more,) = put_second(more)
                 grads = jax.tree.map(lambda a, b: (a + b) / 2, grads, more)
             else:
-                other, _ = of(sample.second, slices[1], *state_of(sample.second))
+                other, _ = of(sample.second, second_slices, *state_of(sample.second))
             first, second = (chosen.masks(units, drawn=True) for chosen in (sample.first, sample.second))
             difference = (value - other).astype(jnp.float32)
             of_structure = _structure.gradient(structure.probabilities, first, second, difference, self._alpha)
@@ -251,8 +252,7 @@ class Subnetwork:
 
         scored = jax.jit(of)
         samples = [self.sample(structure, k) for k in jax.random.split(key, -(-count // 2))]
-        drawn = [chosen for sample in samples for chosen in (sample.first, sample.second)]
-        drawn = drawn[:count]
+        drawn = [chosen for sample in samples for chosen in (sample.first, sample.second)][:count]
         scores = [float(scored(params, chosen, *args)) for chosen in drawn]
         if not np.isfinite(scores).any():
             raise ValueError(f"No candidate has a finite score: {scores}.")
@@ -293,9 +293,3 @@ def _check_structure(structure: Structure, units: Units) -> None:
             f"The structure has probabilities of {got} units, and the parameters have {expected}. Was that of another "
             "model restored? sub.init(params) makes it."
         )
-
-
-def _pulled(units: Units, params: Any, chosen: Chosen, grads: Any) -> Any:
-    """Return the gradient of whole parameters, from that of their slices."""
-    _, pull_back = jax.vjp(lambda params: _narrow.narrow(units, params, chosen), params)
-    return pull_back(grads)[0]

@@ -31,18 +31,15 @@ _TURNS: Final = {
 }  # fmt: skip
 
 
-def tie(jaxpr: Any, consts: Sequence[Dims], inputs: Sequence[Dims], parameters: Sequence[bool]) -> list[Dims]:
+def tie(jaxpr: Any, inputs: Sequence[Dims], parameters: Sequence[bool]) -> list[Dims]:
     """Walk through a program and tie its axes; return those of its results.
 
     Args:
       jaxpr: An open program.
-      consts: Axes of its constants.
       inputs: Axes of its arguments.
       parameters: Whether an argument is a parameter, as it is or turned.
     """
-    known: dict[Any, Dims] = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(
-        zip(jaxpr.invars, inputs, strict=True)
-    )
+    known: dict[Any, Dims] = dict(zip(jaxpr.invars, inputs, strict=True))
     given = {var for var, is_parameter in zip(jaxpr.invars, parameters, strict=True) if is_parameter}
 
     def of(atom: Any) -> Dims:
@@ -95,9 +92,7 @@ def _alike(dims: list[Dims], shape: tuple[int, ...]) -> Dims:
 
 
 def _inside(program: Any, dims: list[Dims], are: list[bool]) -> list[Dims]:
-    jaxpr = getattr(program, "jaxpr", program)
-    consts = [[fresh(length, "it comes from a constant") for length in var.aval.shape] for var in jaxpr.constvars]
-    return tie(jaxpr, consts, dims, are)
+    return tie(getattr(program, "jaxpr", program), dims, are)
 
 
 def _reduced(name: str, eqn: Any, dims: list[Dims]) -> list[Dims]:
