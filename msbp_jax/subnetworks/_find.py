@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 
 from msbp_jax._checks import is_array, path_name
+from msbp_jax.sparsifiers._metrics import unique_name
 from msbp_jax.subnetworks._factors import Factor, block, flat, fresh
 from msbp_jax.subnetworks._ties import tie
 from msbp_jax.subnetworks._units import Axis, Group, Units, is_variables, paths, places
@@ -56,8 +56,7 @@ def find_units(target: Any, params: Any, *args: Any, widths: Mapping[str, int] |
     if single := [name for name, width in widths.items() if width < 2]:
         raise ValueError(f"The width {single[0]!r} is {widths[single[0]]}: there is nothing to choose. Leave it out.")
 
-    run = lambda variables, *args, **kwargs: _called(target, widths, variables, args, kwargs)
-    groups = _factors(run, params, args, kwargs)
+    groups = _factors(_run_of(target, widths), params, args, kwargs)
     return _of_widths(target, dict(widths), groups, args, kwargs)
 
 
@@ -142,7 +141,7 @@ def _of_arrays(args: Any, kwargs: Any) -> tuple[Callable[[list[Any]], tuple[Any,
 def _named(groups: list[_Found]) -> Units:
     units, left = Units(), []
     for group in groups:
-        name = _name(group, units)
+        name = unique_name(group.axes[0][1].path.rsplit("/", 1)[0], units)
         reason = group.factor.reason or ("" if group.factor.consumed else "no parameter reads it")
         if reason:
             left.append((name, f"{_told(group)}: {reason}"))
@@ -150,16 +149,6 @@ def _named(groups: list[_Found]) -> Units:
             units[name] = _group(group)
     units.left = tuple(left)
     return units
-
-
-def _name(group: _Found, taken: Mapping[str, Any]) -> str:
-    first = group.axes[0][1].path
-    name = first.rsplit("/", 1)[0]
-    return (
-        name
-        if name not in taken
-        else next(f"{name}#{i}" for i in range(1, len(taken) + 2) if f"{name}#{i}" not in taken)
-    )
 
 
 def _group(group: _Found) -> Group:
@@ -208,16 +197,16 @@ def _smaller(
 ) -> dict[str, tuple[int, ...]]:
     """Return the shapes at a smaller width, the first that the module can have."""
     width = widths[name]
+    errors: list[Exception] = []
     for smaller in dict.fromkeys((width // 2, 2 * (width // 3), 3 * (width // 4), width - 1)):
-        with contextlib.suppress(Exception):
+        try:
             return shapes({**widths, name: smaller})
-    try:
-        return shapes({**widths, name: width // 2})
-    except Exception as error:
-        raise ValueError(
-            f"With a width {name!r} of {width // 2} in place of {width} the module cannot be initialized: "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
+        except Exception as error:
+            errors.append(error)
+    raise ValueError(
+        f"With a width {name!r} of {width // 2} in place of {width} the module cannot be initialized: "
+        f"{type(errors[0]).__name__}: {str(errors[0]).splitlines()[0]}"
+    ) from errors[0]
 
 
 def blocked_axes(
@@ -233,7 +222,7 @@ def blocked_axes(
       args: Of the model.
       kwargs: Of the model.
     """
-    run = (lambda variables, *args, **kwargs: _called(target, widths, variables, args, kwargs)) if widths else target
+    run = _run_of(target, widths) if widths else target
     factors: dict[tuple[str, int], list[Factor]] = {}
     for found in _factors(run, params, args, kwargs):
         for of_leaf in found.places:
@@ -257,9 +246,14 @@ _CERTAIN = (
 )
 
 
-def _called(build: Any, widths: Mapping[str, int], variables: Any, args: Any, kwargs: Any) -> Any:
-    result = built(build, widths).apply(variables, *args, **kwargs)
-    return result[0] if kwargs.get("mutable") else result  # what it changes is as wide as what it holds
+def _run_of(build: Any, widths: Mapping[str, int]) -> Callable[..., Any]:
+    """Return the module of some widths as a function of its variables."""
+
+    def run(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        result = built(build, widths).apply(variables, *args, **kwargs)
+        return result[0] if kwargs.get("mutable") else result  # what it changes is as wide as what it holds
+
+    return run
 
 
 def _shapes(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -307,21 +307,23 @@ def test_an_nnx_module_by_its_state():
     CLOSE(model(ROWS), f(sub.masked(state, sample.first), ROWS))
 
 
+class MLP(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(self.width)(x))
+        return nn.Dense(3)(x)
+
+
+UNITS_OF_MLP = {"hidden": [("Dense_0/kernel", 1), ("Dense_0/bias", 0), ("Dense_1/kernel", 0)]}
+
+
 def test_a_sparse_backward_in_the_small_network():
     """The factory may return a model of `sparse_vjp`."""
-
-    class MLP(nn.Module):
-        width: int
-
-        @nn.compact
-        def __call__(self, x):
-            x = nn.relu(nn.Dense(self.width)(x))
-            return nn.Dense(3)(x)
-
     build = lambda widths: msbp.sparse_vjp(MLP(widths["hidden"]), msbp.sample_rows(density=0.5))
     variables = MLP(64).init(KEY, ROWS)
-    units = {"hidden": [("Dense_0/kernel", 1), ("Dense_0/bias", 0), ("Dense_1/kernel", 0)]}
-    sub = msbp.subnetwork(build, units=units, budget=0.25)
+    sub = msbp.subnetwork(build, units=UNITS_OF_MLP, budget=0.25)
     structure = sub.init(variables, ROWS)
     sample = sub.sample(structure, KEY)
     memory = build({"hidden": 64}).init_memory(variables, ROWS)
@@ -335,20 +337,10 @@ def test_a_sparse_backward_in_the_small_network():
 
 def test_a_memory_is_narrow_with_its_layer():
     """What is remembered of units that were not drawn stays; that of the others is the narrow model's own."""
-
-    class MLP(nn.Module):
-        width: int
-
-        @nn.compact
-        def __call__(self, x):
-            x = nn.relu(nn.Dense(self.width)(x))
-            return nn.Dense(3)(x)
-
     plan = {"Dense_0/*": msbp.memorized(msbp.top_k(k=2), decay=0.5)}
     build = lambda widths: msbp.sparse_vjp(MLP(widths["hidden"]), plan)
     variables = MLP(64).init(KEY, ROWS)
-    units = {"hidden": [("Dense_0/kernel", 1), ("Dense_0/bias", 0), ("Dense_1/kernel", 0)]}
-    sub = msbp.subnetwork(build, units=units, budget=0.25)
+    sub = msbp.subnetwork(build, units=UNITS_OF_MLP, budget=0.25)
     params, structure = variables["params"], sub.init(variables)
     sample = sub.sample(structure, KEY)
     memory = jax.tree.map(lambda leaf: leaf + 0.5, build({"hidden": 64}).init_memory(variables, ROWS))
