@@ -21,7 +21,7 @@ import numpy as np
 import msbp_jax as msbp
 from benchmarks.dithered import networks, training, workers
 from benchmarks.helpers import machine, paths
-from benchmarks.helpers.records import file_of, once, today
+from benchmarks.helpers.records import file_of, label_of, once, today
 from benchmarks.helpers.tables import markdown
 
 type Run = dict[str, Any]
@@ -59,7 +59,7 @@ def run(folder: pathlib.Path, settings: dict[str, Any], make: Callable[[], Run])
       settings: What tells runs apart.
       make: Runs it.
     """
-    label = _label(settings)
+    label = label_of(settings)
 
     def made() -> Run:
         found = settings | {"date": today(), "machine": machine.describe("not used")} | make()
@@ -67,14 +67,6 @@ def run(folder: pathlib.Path, settings: dict[str, Any], make: Callable[[], Run])
         return found
 
     return once(folder, label, made)
-
-
-def _label(settings: dict[str, Any]) -> str:
-    return " ".join(f"{key} {value}" for key, value in settings.items())
-
-
-def _file(folder: pathlib.Path, settings: dict[str, Any]) -> pathlib.Path:
-    return file_of(folder, _label(settings))
 
 
 def zeros(folder: pathlib.Path, names: Iterable[str], args: argparse.Namespace) -> str:
@@ -90,7 +82,7 @@ def zeros(folder: pathlib.Path, names: Iterable[str], args: argparse.Namespace) 
         runs: dict[str, list[Run]] = {plan: [] for plan in plans}
         settings = lambda plan, seed, name=name: {"data": _data(args), "task": name, "plan": plan, "seed": seed}
         seeds = args.seeds  # and further ones that are there
-        while all(_file(folder, settings(plan, seeds)).is_file() for plan in plans):
+        while all(file_of(folder, label_of(settings(plan, seeds))).is_file() for plan in plans):
             seeds += 1
         for seed in range(seeds):
             for plan, sparsifier in plans.items():
@@ -180,10 +172,8 @@ def main(arguments: list[str] | None = None) -> None:
             f"`workers` wants {max(WORKERS)} devices, and there are {jax.device_count()}. On a CPU start with "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={max(WORKERS)}, and `zeros` by itself without."
         )
-    about = machine.describe("not used")
     for name in chosen:
-        head = f"{about['processor']} ({(about['instruction sets'] or ['no native kernels'])[0]}), JAX {about['jax']}"
-        text = f"Written by `python -m benchmarks.dithered {name}`, {today()}, {head}"
+        text = machine.head(f"python -m benchmarks.dithered {name}", today())
         text += f", {args.seeds} seeds and those that were there.\n\n"
         text += sections[name]()
         (out / f"{name}.md").write_text(text)

@@ -33,6 +33,18 @@ def describe(torch: str) -> dict[str, Any]:
     }
 
 
+def head(command: str, date: str) -> str:
+    """Return the line above a table: what wrote it, when, and on what.
+
+    Args:
+      command: As it is typed.
+      date: As 2026-11-21.
+    """
+    about = describe("not used")
+    kernels = (about["instruction sets"] or ["no native kernels"])[0]
+    return f"Written by `{command}`, {date}, {about['processor']} ({kernels}), JAX {about['jax']}"
+
+
 def describe_accelerator() -> dict[str, Any]:
     """Return the kind of device and the versions of what compiles for it."""
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}

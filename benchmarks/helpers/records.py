@@ -97,6 +97,11 @@ def once(folder: pathlib.Path, label: str, make: Callable[[], Row]) -> Row:
     return found
 
 
+def label_of(settings: Row) -> str:
+    """Return settings as the label of a run."""
+    return " ".join(f"{key} {value}" for key, value in settings.items())
+
+
 def file_of(folder: pathlib.Path, label: str) -> pathlib.Path:
     """Return where `once` keeps a run."""
     return folder / (re.sub(r"\W+", "_", label) + ".json")

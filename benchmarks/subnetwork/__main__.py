@@ -20,7 +20,7 @@ import numpy as np
 
 import msbp_jax as msbp
 from benchmarks.helpers import machine, paths
-from benchmarks.helpers.records import once, today
+from benchmarks.helpers.records import label_of, once, today
 from benchmarks.helpers.tables import markdown
 from benchmarks.helpers.timing import Timed, medians, training
 from benchmarks.subnetwork import methods, tasks, variance
@@ -125,7 +125,7 @@ def train(task: tasks.Task, args: argparse.Namespace, folder: pathlib.Path) -> l
             print({key: value for key, value in found.items() if key != "machine"}, flush=True)
             return found
 
-        return once(folder, " ".join(f"{key} {value}" for key, value in settings.items()), made)
+        return once(folder, label_of(settings), made)
 
     plans = [("dense", 1.0), *((method, share) for share in args.shares for method in methods.METHODS)]
     runs: dict[tuple[str, float], list[dict[str, Any]]] = {plan: [] for plan in plans}
@@ -157,8 +157,6 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser().parse_args(arguments)
     out = args.out or (paths.SMALL if args.small else paths.RESULTS) / "subnetwork"
     out.mkdir(parents=True, exist_ok=True)
-    about = machine.describe("not used")
-    head = f"{about['processor']} ({(about['instruction sets'] or ['no native kernels'])[0]}), JAX {about['jax']}"
     for part in args.parts or PARTS:
         for name in args.tasks:
             task = tasks.make(name, args.data, small=args.small)
@@ -168,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "train": lambda task: train(task, args, out / "train"),
             }[part](task)
             seeds = f", {args.seeds} seeds" if part == "train" else ""
-            text = f"Written by `python -m benchmarks.subnetwork {part}`, {today()}, {head}{seeds}.\n\n"
+            text = f"{machine.head(f'python -m benchmarks.subnetwork {part}', today())}{seeds}.\n\n"
             (out / f"{part}_{name}.md").write_text(f"# {part}: {name}\n\n{text}{markdown(table)}\n")
             print(f"\n{text}{markdown(table)}", flush=True)
 
