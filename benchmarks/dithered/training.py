@@ -14,6 +14,7 @@ import optax
 
 import msbp_jax as msbp
 from benchmarks.dithered.networks import Task
+from benchmarks.helpers.accuracy import percent_right
 from benchmarks.helpers.networks import Setting, problem
 
 
@@ -55,11 +56,7 @@ def train(task: Task, plan: msbp.Sparsifier | None, seed: int) -> dict[str, Any]
 
 def accuracy(task: Task, params: Any) -> float:
     """Return how much of the test set is told right, in percent."""
-    x, y = task.test
-    size = min(1000, len(y))
-    right = jax.jit(lambda params, x, y: (jnp.asarray(task.module.apply({"params": params}, x)).argmax(-1) == y).mean())
-    starts = range(0, len(y) // size * size, size)
-    return 100 * float(np.mean([right(params, x[at : at + size], y[at : at + size]) for at in starts]))
+    return percent_right(task.module, {"params": params}, *task.test)
 
 
 def reseeded(memory: Any, seed: int) -> Any:

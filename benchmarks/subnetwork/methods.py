@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 import msbp_jax as msbp
+from benchmarks.helpers.accuracy import percent_right
 from benchmarks.subnetwork.tasks import Task, loss_fn
 
 type Run = dict[str, Any]
@@ -96,11 +97,7 @@ def split(variables: Any) -> tuple[Any, Any]:
 def accuracy(task: Task, module: Any, params: Any, stats: Any) -> float:
     """Return how much of the test set is told right, in percent."""
     x, y = jnp.asarray(task.images.test_x), jnp.asarray(task.images.test_y)
-    size = min(1000, len(y))
-    right = jax.jit(lambda params, stats, x, y: (module.apply({"params": params, **stats}, x).argmax(-1) == y).mean())
-    starts = range(0, len(y) // size * size, size)
-    parts = [right(params, stats, x[at : at + size], y[at : at + size]) for at in starts]
-    return round(100 * float(np.mean(parts)), 3)
+    return round(percent_right(module, {"params": params, **stats}, x, y), 3)
 
 
 def _trained(task: Task, module: Any, variables: Any, epochs: range, rate_of: float, seed: int, clock: Clock) -> Any:
