@@ -27,6 +27,7 @@ from benchmarks.subnetwork import methods, tasks, variance
 
 SHARES = (0.5, 0.2, 0.1, 0.05)
 PARTS = ("steps", "variance", "train")
+METHODS = ("dense", *methods.METHODS)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,10 +39,12 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("parts", nargs="*", choices=PARTS, metavar="part", help="all by default")
     p.add_argument("--tasks", nargs="*", choices=tuple(tasks.TASKS), default=list(tasks.TASKS))
+    p.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), help="of `train`")
     p.add_argument("--shares", nargs="*", type=float, default=list(SHARES), help="of the units that are kept")
     p.add_argument("--data", type=pathlib.Path, help="folder with MNIST and CIFAR-10; digits without it")
     p.add_argument("--out", type=pathlib.Path, help="folder; benchmarks/results/subnetwork by default")
     p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--epochs", type=int, help="of `train`, in place of the task's own; runs and tables of their own")
     p.add_argument("--rounds", type=int, default=9, help="calls of each step that count")
     p.add_argument("--small", action="store_true", help="minute sizes; written into build/benchmarks")
     return p
@@ -118,6 +121,7 @@ def train(task: tasks.Task, args: argparse.Namespace, folder: pathlib.Path) -> l
 
     def run(method: str, share: float, seed: int) -> dict[str, Any]:
         settings = {"data": kind, "task": task.name, "method": method, "share": share, "seed": seed}
+        settings |= {} if args.epochs is None else {"epochs": args.epochs}
 
         def made() -> dict[str, Any]:
             function = methods.dense if method == "dense" else methods.METHODS[method]
@@ -127,7 +131,8 @@ def train(task: tasks.Task, args: argparse.Namespace, folder: pathlib.Path) -> l
 
         return once(folder, label_of(settings), made)
 
-    plans = [("dense", 1.0), *((method, share) for share in args.shares for method in methods.METHODS)]
+    plans = [("dense", 1.0)] if "dense" in args.methods else []
+    plans += [(method, share) for share in args.shares for method in args.methods if method != "dense"]
     runs: dict[tuple[str, float], list[dict[str, Any]]] = {plan: [] for plan in plans}
     for seed in range(args.seeds):
         for plan in plans:
@@ -139,7 +144,11 @@ def train(task: tasks.Task, args: argparse.Namespace, folder: pathlib.Path) -> l
             "units kept": plan[1],
             "accuracy, %": f"{mean(plan, 'accuracy'):.2f} ± {np.std([r['accuracy'] for r in runs[plan]]):.2f}",
             "seconds": round(mean(plan, "seconds"), 1),
-            "dense/seconds": round(mean(("dense", 1.0), "seconds") / mean(plan, "seconds"), 2),
+            **(
+                {"dense/seconds": round(mean(plans[0], "seconds") / mean(plan, "seconds"), 2)}
+                if "dense" in args.methods
+                else {}
+            ),
             "units in the end": round(mean(plan, "units")),
             "compiling and choosing, s": round(mean(plan, "compiling") + mean(plan, "selecting"), 1),
             "programs": round(mean(plan, "programs"), 1),
@@ -159,15 +168,16 @@ def main(arguments: list[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for part in args.parts or PARTS:
         for name in args.tasks:
-            task = tasks.make(name, args.data, small=args.small)
+            task = tasks.make(name, args.data, small=args.small, epochs=args.epochs)
             table = {
                 "steps": lambda task: steps(task, args.shares, args.rounds),
                 "variance": lambda task: variance.measure(task, args.shares[-1]),
                 "train": lambda task: train(task, args, out / "train"),
             }[part](task)
-            seeds = f", {args.seeds} seeds" if part == "train" else ""
+            seeds = f", {args.seeds} seeds, {task.epochs} epochs" if part == "train" else ""
+            of_epochs = "" if args.epochs is None or part != "train" else f"_{args.epochs}_epochs"
             text = f"{machine.head(f'python -m benchmarks.subnetwork {part}', today())}{seeds}.\n\n"
-            (out / f"{part}_{name}.md").write_text(f"# {part}: {name}\n\n{text}{markdown(table)}\n")
+            (out / f"{part}_{name}{of_epochs}.md").write_text(f"# {part}: {name}\n\n{text}{markdown(table)}\n")
             print(f"\n{text}{markdown(table)}", flush=True)
 
 

@@ -7,6 +7,8 @@ is counted apart, tests are not counted.
 
 from __future__ import annotations
 
+import copy
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -126,11 +128,18 @@ def dense(task: Task, share: float, seed: int) -> Run:
     return clock.told() | {"accuracy": accuracy(task, module, *split(variables)), "units": sum(widths.values())}
 
 
+@functools.cache
+def _before_pruning(task: Task, seed: int) -> tuple[Any, Clock]:
+    """Return what is alike for all shares: variables of a dense network before the last epochs, and its clock."""
+    clock, module = Clock(), task.build(task.widths)
+    first, _ = _epochs(task)
+    return _trained(task, module, task.init(task.widths, seed), first, len(first), seed, clock), clock
+
+
 def by_magnitude(task: Task, share: float, seed: int) -> Run:
     """Train a dense network, keep the units with the largest weights, and fine-tune."""
-    clock, module = Clock(), task.build(task.widths)
-    first, last = _epochs(task)
-    variables = _trained(task, module, task.init(task.widths, seed), first, len(first), seed, clock)
+    variables, dense_clock = _before_pruning(task, seed)
+    clock, (_, last) = copy.copy(dense_clock), _epochs(task)
     units = task.units(variables)
     sub = msbp.subnetwork(task.build, units=units, widths=dict(task.widths), budget=share)
     scores = {name: _norms(group, variables["params"]) for name, group in units.items()}

@@ -55,7 +55,7 @@ class Residual(nn.Module):
         return nn.Dense(10)(x.mean(axis=(1, 2)))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Task:
     """A network of given widths, its data and its training.
 
@@ -108,17 +108,18 @@ def loss_fn(model: Any, params: Any, stats: Any, x: jax.Array, y: jax.Array) -> 
     return loss, {name: model.widen(tree, changed[name]) if narrow else changed[name] for name, tree in stats.items()}
 
 
-def make(name: str, folder: pathlib.Path | None, *, small: bool) -> Task:
+def make(name: str, folder: pathlib.Path | None, *, small: bool, epochs: int | None = None) -> Task:
     """Return a task.
 
     Args:
       name: One of `TASKS`.
       folder: Where MNIST and CIFAR-10 lie; None for digits.
       small: A few steps of minute networks.
+      epochs: In place of its own.
     """
     task = TASKS[name](folder)
     if not small:
-        return task
+        return task if epochs is None else dataclasses.replace(task, epochs=epochs)
     x, y, test_x, test_y = task.images[1:]
     images = task.images._replace(train_x=x[:256], train_y=y[:256], test_x=test_x[:100], test_y=test_y[:100])
     widths = dict.fromkeys(task.widths, 64 if name == "mlp" else 32)
