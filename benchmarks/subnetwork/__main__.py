@@ -59,11 +59,14 @@ def steps(task: tasks.Task, shares: list[float], rounds: int) -> list[dict[str, 
     tx = task.optimizer(task.epochs)
     calls: dict[str, Timed] = {}
     memory: dict[str, float] = {}
+    peak: dict[str, float] = {}  # with arguments and results, of which those that are donated count once
 
     def add(name: str, step: Any, state: Any, *batch: Any) -> None:
         calls[name] = training(step, state, *batch)
         analysis: Any = jax.jit(step, donate_argnums=0).lower(state, *batch).compile().memory_analysis()
         memory[name] = analysis.temp_size_in_bytes / 2**20
+        own = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        peak[name] = memory[name] + own / 2**20
 
     def start(variables: Any) -> Any:
         params, stats = methods.split(variables)
@@ -98,6 +101,8 @@ def steps(task: tasks.Task, shares: list[float], rounds: int) -> list[dict[str, 
                 "dense/narrow": round(ms["dense"] / narrow, 2),
                 "temporaries, MiB": round(memory[f"{share:g}, kept update"], 1),
                 "of dense": round(memory["dense"], 1),
+                "peak, MiB": round(peak[f"{share:g}, kept update"], 1),
+                "peak of dense": round(peak["dense"], 1),
             }
         )
     return found

@@ -10,6 +10,7 @@ import optax
 
 from msbp_jax import _checks
 from msbp_jax.subnetworks._subnetwork import Budget, Subnetwork
+from msbp_jax.subnetworks._units import Units
 
 
 def subnetwork(
@@ -51,7 +52,7 @@ def subnetwork(
 
     Raises:
       TypeError: `target` is not callable, or units are not declared as above.
-      ValueError: A budget, an exponent or a ratio out of range.
+      ValueError: A budget, an exponent or a ratio out of range, or units of which there is none.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, msbp_jax as msbp
@@ -72,6 +73,12 @@ def subnetwork(
     """
     if not callable(target):
         raise TypeError(f"subnetwork takes a function f(params, *args) or a factory build(widths), got {target!r}.")
+    if isinstance(units, Units) and not units:
+        raise ValueError(
+            "msbp.find_units found nothing that can be left out:\n"
+            f"{units}\nA function that also returns what it changed, batch statistics for example, is searched without "
+            "them: msbp.find_units(lambda *args: f(*args)[0], ...)."
+        )
     if not isinstance(units, Mapping) or not units:
         raise TypeError(
             f'units must be {{"hidden": [("Dense_0/kernel", 1), ...]}}, or what msbp.find_units returns, got {units!r}.'
