@@ -3,6 +3,7 @@
 // It needs neither Python nor XLA, so that it runs whole under the sanitizers and on other processors:
 //   c++ -std=c++17 -O1 -g -fsanitize=address,undefined fuzz.cpp scratch.cpp kernels.cpp -o fuzz -pthread && ./fuzz 300
 #include "fuzz_columns.h"
+#include "fuzz_convolution.h"
 #include "fuzz_matrices.h"
 #include "fuzz_weights.h"
 
@@ -16,6 +17,7 @@ int main(int count, char** arguments) {
       entries_once(**kernels, pool);
       dither_once(**kernels, pool);
       weights_once(**kernels, pool);
+      convolutions_once(**kernels, pool);
     }
     std::printf("%s: %d rounds\n", (*kernels)->name, rounds);
   }

@@ -13,5 +13,6 @@ struct Handler {
 std::vector<Handler> rows_handlers();     // rows_handlers.cpp
 std::vector<Handler> entries_handlers();  // entries_handlers.cpp
 std::vector<Handler> weights_handlers();  // weights_handlers.cpp
+std::vector<Handler> convolution_handlers();  // convolution_handlers.cpp
 
 }  // namespace msbp

@@ -1,6 +1,7 @@
 // The kernels for one instruction set. Compiled once for each, with other flags and another MSBP_KERNELS.
 #include "kernels.h"
 
+#include "convolution.h"
 #include "dither.h"
 #include "entries.h"
 #include "groups.h"
@@ -78,6 +79,28 @@ bool weight_gradient(const msbp::WeightGradient& p, msbp::Pool& pool) {
   return p.g_bfloat16 ? weight_gradient<float, uint16_t>(p, pool) : weight_gradient<float, float>(p, pool);
 }
 
+bool convolution(const msbp::SparseConvolution& p, msbp::Pool& pool) {
+  if (p.values_bfloat16)
+    return p.in_bfloat16 ? convolution<uint16_t, uint16_t>(p, pool) : convolution<uint16_t, float>(p, pool);
+  return p.in_bfloat16 ? convolution<float, uint16_t>(p, pool) : convolution<float, float>(p, pool);
+}
+
+bool convolution_input_gradient(const msbp::SparseConvolution& p, msbp::Pool& pool) {
+  if (p.values_bfloat16)
+    return p.in_bfloat16 ? convolution_input_gradient<uint16_t, uint16_t>(p, pool)
+                         : convolution_input_gradient<uint16_t, float>(p, pool);
+  return p.in_bfloat16 ? convolution_input_gradient<float, uint16_t>(p, pool)
+                       : convolution_input_gradient<float, float>(p, pool);
+}
+
+bool convolution_weight_gradient(const msbp::SparseConvolution& p, msbp::Pool& pool) {
+  if (p.in_bfloat16)
+    return p.g_bfloat16 ? convolution_weight_gradient<uint16_t, uint16_t>(p, pool)
+                        : convolution_weight_gradient<uint16_t, float>(p, pool);
+  return p.g_bfloat16 ? convolution_weight_gradient<float, uint16_t>(p, pool)
+                      : convolution_weight_gradient<float, float>(p, pool);
+}
+
 void dither(const msbp::Dither& d, msbp::Pool& pool) {
   d.bfloat16 ? dither<uint16_t>(d, pool) : dither<float>(d, pool);
 }
@@ -106,6 +129,9 @@ const Kernels MSBP_JOIN(MSBP_KERNELS, _kernels) = {MSBP_TEXT(MSBP_KERNELS),
                                                    entries_grad_input,
                                                    entries_grad_weight,
                                                    weight_times,
-                                                   weight_gradient};
+                                                   weight_gradient,
+                                                   convolution,
+                                                   convolution_input_gradient,
+                                                   convolution_weight_gradient};
 
 }  // namespace msbp

@@ -102,6 +102,27 @@ struct WeightGradient {
   float* out;  // [entries]
 };
 
+// An axis of the pixels that a window moves along.
+struct WindowAxis {
+  int64_t size, out;                 // pixels of x and of y
+  int64_t window, stride, dilation;  // places, from one pixel of y to the next, from one place to the next
+  int64_t before;                    // zeros before the first pixel; negative if some are cut off
+};
+
+// A convolution with a sparse kernel [window, channels / groups, features], by its entries: see convolution.h.
+struct SparseConvolution {
+  WindowAxis vertical, horizontal;
+  int64_t images, channels, features, groups, entries;
+  const void* values;     // [entries]
+  const int32_t* starts;  // of lists of a feature, or for dx of an input: a place of the window and a channel
+  const int32_t* inner;   // [entries]: inputs, or for dx features
+  const int32_t* order;   // [entries], for dx
+  const void* in;         // x [images, height, width, channels], or for dx g
+  const void* g;          // [images, height, width, features], for dw
+  bool values_bfloat16, in_bfloat16, g_bfloat16;
+  float* out;
+};
+
 struct Kernels {
   const char* name;
   void (*select)(const Select&, Pool&);
@@ -116,6 +137,9 @@ struct Kernels {
   void (*entries_grad_weight)(const MatrixProduct&, Pool&);
   bool (*weight_times)(const WeightProduct&, Pool&);      // false if an index is out of range
   bool (*weight_gradient)(const WeightGradient&, Pool&);  // the same
+  bool (*convolution)(const SparseConvolution&, Pool&);   // the same
+  bool (*convolution_input_gradient)(const SparseConvolution&, Pool&);
+  bool (*convolution_weight_gradient)(const SparseConvolution&, Pool&);
 };
 
 // Every instruction set that this build has and this processor runs, best first; the last is the portable one.

@@ -15,6 +15,6 @@ from msbp_jax.rules._products import path_of as path_of
 from msbp_jax.rules._rule import Rule as Rule
 from msbp_jax.rules._rule import Site as Site
 from msbp_jax.rules._rule import sparse_contraction as sparse_contraction
-from msbp_jax.rules._sparse_dot import SparseDot as SparseDot
-from msbp_jax.rules._sparse_dot import operands_of as operands_of
-from msbp_jax.rules._sparse_dot import sparse_dot_of as sparse_dot_of
+from msbp_jax.rules._sparse_product import PRODUCTS as PRODUCTS
+from msbp_jax.rules._sparse_product import SparseProduct as SparseProduct
+from msbp_jax.rules._sparse_product import sparse_product_of as sparse_product_of

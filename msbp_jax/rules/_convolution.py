@@ -54,15 +54,15 @@ class Convolution:
     def canonical_g(self, g: jax.Array, operands: Operands) -> Float[Array, "batch rows n"]:
         """Return the gradient of the output as `[1, images * positions, n]`."""
         del operands
-        last = jnp.transpose(g, _features_last(self.dimension_numbers.out_spec))
+        last = jnp.transpose(g, features_last(self.dimension_numbers.out_spec))
         return last.reshape(1, -1, last.shape[-1])
 
     def program_g(self, g: Float[Array, "batch rows n"], operands: Operands, out: Shape) -> jax.Array:
         """Return a canonical gradient, of any number of features, in the order of axes that the program has."""
         del operands
-        order = _features_last(self.dimension_numbers.out_spec)
+        order = features_last(self.dimension_numbers.out_spec)
         shape = [out[axis] for axis in order[:-1]]
-        return jnp.transpose(g.reshape(*shape, g.shape[-1]), _inverse(order))
+        return jnp.transpose(g.reshape(*shape, g.shape[-1]), inverse(order))
 
     @property
     def is_grouped(self) -> bool:
@@ -82,7 +82,7 @@ class Convolution:
     def as_matrices(self, operands: Operands, out: Shape) -> AsMatrices:
         """Return the windows of the input laid out as rows, and the kernel as a matrix."""
         x, w = operands
-        x_order = _features_last(self.dimension_numbers.lhs_spec)
+        x_order = features_last(self.dimension_numbers.lhs_spec)
         features_out, features_in, *spatial = self.dimension_numbers.rhs_spec
         w_order = (*spatial, features_in, features_out)
         window = Window(
@@ -98,7 +98,7 @@ class Convolution:
 
         def give_back(dx: jax.Array, dw: jax.Array) -> tuple[jax.Array, jax.Array]:
             dw = dw[0].reshape([w.shape[axis] for axis in w_order])
-            return pull_back(dx[0])[0], jnp.transpose(dw, _inverse(w_order))
+            return pull_back(dx[0])[0], jnp.transpose(dw, inverse(w_order))
 
         return AsMatrices(patches[None], matrix[None], 1, self.precision, give_back)
 
@@ -113,11 +113,11 @@ class Convolution:
         return int(self.dimension_numbers.rhs_spec[0])
 
 
-def _features_last(spec: Sequence[int]) -> Shape:
+def features_last(spec: Sequence[int]) -> Shape:
     """Return the permutation to (batch, positions, features) for a spec of (batch, features, positions)."""
     batch, features, *spatial = spec
     return (batch, *spatial, features)
 
 
-def _inverse(order: Shape) -> Shape:
+def inverse(order: Shape) -> Shape:
     return tuple(sorted(range(len(order)), key=order.__getitem__))

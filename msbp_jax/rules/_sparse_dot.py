@@ -56,6 +56,15 @@ class SparseDot:
         out = self._out(lhs, rhs)
         return algebra.program_g(y.astype(out.dtype)[None], out.shape)
 
+    def backend_for(self, pattern: Pattern, x: Shape, *dtypes: Any) -> str:
+        """Return what runs it for an input of a shape."""
+        del x
+        return self.backend or weights.chosen(pattern, *dtypes)
+
+    def break_even(self, rows: int) -> float:
+        """Return the share of the entries up to which it is faster than with a dense weight, for so many rows."""
+        return weights.break_even(rows)
+
     def dims(self, lhs: Shape, rhs: Shape, out: Shape) -> Dims:
         """Return the canonical sizes."""
         return self.dot.dims(*self._dense_shapes(lhs, rhs), out)

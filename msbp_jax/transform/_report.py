@@ -17,7 +17,7 @@ from msbp_jax.kernels.choice import target
 from msbp_jax.kernels.choice.advice import note, warning
 from msbp_jax.kernels.choice.layer import Layer, layer_of
 from msbp_jax.kernels.choice.order import fastest_first
-from msbp_jax.rules import Path, SparseDot, path_of
+from msbp_jax.rules import Path, SparseProduct, path_of
 from msbp_jax.sparsifiers._where import abstract_norms
 from msbp_jax.transform._outputs import Outputs
 from msbp_jax.transform._sites import Site
@@ -134,7 +134,7 @@ def make_report(
     dense = tuple(
         DenseRow(name=site.name, contraction=_shapes(site), reason=site.reason)
         for site in sites
-        if site.sparsifier is None and not isinstance(site.operation, SparseDot)
+        if site.sparsifier is None and not isinstance(site.operation, SparseProduct)
     )
     density = {row.name: row.density for row in weights}  # a sparse weight has so much less work, whatever is kept
     work = {
@@ -142,7 +142,7 @@ def make_report(
         * site.dims.rows
         * site.dims.m
         * site.dims.n
-        * (density.get(site.name.split("#")[0], 1) if isinstance(site.operation, SparseDot) else 1)
+        * (density.get(site.name.split("#")[0], 1) if isinstance(site.operation, SparseProduct) else 1)
         for site in sites
     }
     saved = sum(row.saved * work[row.name] for row in sparse) / max(1, sum(work.values()))
@@ -189,7 +189,7 @@ def _sparse_row(site: Site, backend: str | None) -> SparseRow:
 
 def _chosen(site: Site, p: Format, paths: list[Path], backend: str | None) -> str:
     """Say which backend runs the products, on which path, and up to which share of the rows if that tells."""
-    if isinstance(site.operation, SparseDot):
+    if isinstance(site.operation, SparseProduct):
         return "by its entries"
     names = []
     for q, path in zip(p.parts, paths, strict=True):
@@ -219,7 +219,7 @@ def _skips(p: Format, backend: str | None) -> bool:
 
 
 def _warning(site: Site, p: Format, paths: list[Path], backend: str | None) -> str:
-    if isinstance(site.operation, SparseDot):
+    if isinstance(site.operation, SparseProduct):
         return "its weight is sparse, and its products are those of the entries, whatever is kept of the gradient."
     layer = _layer(site, p)
     # A part that keeps everything is dense on purpose.

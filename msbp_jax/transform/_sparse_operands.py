@@ -2,7 +2,7 @@
 
 | equation | |
 |---|---|
-| a matrix product over all of its inputs, or all of its features | a sparse product |
+| a matrix product over all of its inputs, or all of its features; a convolution | a sparse product |
 | a cast; a transposition that exchanges inputs and features; a change of type within shard_map | a sparse weight |
 | jit, checkpoint, cond; scan, where it is a constant or runs through stacked layers | goes on inside |
 | anything else | gets the dense weight |
@@ -13,11 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from msbp_jax import _compat
-from msbp_jax.rules import DotGeneral, Operation, SparseDot, operands_of, operation_of, sparse_dot_of
+from msbp_jax.rules import PRODUCTS, Operation, SparseProduct, operation_of, sparse_product_of
 from msbp_jax.weights import SparseWeight, is_sparse
 
 
@@ -54,25 +53,23 @@ def prepared_flags(eqn: _compat.JaxprEqn, inputs: Sequence[Any]) -> list[bool]:
     return [takes(number) for number in range(len(inputs))]
 
 
-def sparse_product(eqn: _compat.JaxprEqn, inputs: Sequence[Any]) -> tuple[SparseDot, tuple[jax.Array, ...]] | None:
+def sparse_product(eqn: _compat.JaxprEqn, inputs: Sequence[Any]) -> tuple[SparseProduct, tuple[Any, ...]] | None:
     """Return the operation and operands of a product with a sparse weight; None if it is none."""
-    if eqn.primitive.name != "dot_general" or sum(map(is_sparse, inputs)) != 1:
+    if eqn.primitive.name not in PRODUCTS or sum(map(is_sparse, inputs)) != 1:
         return None
     side = "lhs" if is_sparse(inputs[0]) else "rhs"
     weight, x = (inputs[0], inputs[1]) if side == "lhs" else (inputs[1], inputs[0])
     try:
-        dot: Operation = operation_of("dot_general", dict(eqn.params), side)  # type: ignore[arg-type]
+        dense: Operation = operation_of(eqn.primitive.name, dict(eqn.params), side)  # type: ignore[arg-type]
     except NotImplementedError:
         return None
-    assert isinstance(dot, DotGeneral)
-    operation = sparse_dot_of(dot, weight)
-    return None if operation is None else (operation, operands_of(dot, x, weight))
+    return sparse_product_of(dense, x, weight)
 
 
 def _takes(eqn: _compat.JaxprEqn, inputs: Sequence[Any]) -> Callable[[int], bool]:
     """Return whether an equation can take a sparse weight as its input of that number."""
     nowhere: Callable[[int], bool] = lambda number: False
-    if eqn.primitive.name == "dot_general":
+    if eqn.primitive.name in PRODUCTS:
         yes = sparse_product(eqn, inputs) is not None
         return lambda number: yes
     if _compat.left_alone(eqn):

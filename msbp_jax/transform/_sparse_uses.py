@@ -10,10 +10,10 @@ import jax
 
 from msbp_jax import _compat
 from msbp_jax.kernels import weights as kernels
-from msbp_jax.rules import SparseDot
+from msbp_jax.rules import PRODUCTS, SparseProduct
 from msbp_jax.transform._discover import Place
 from msbp_jax.transform._sparse_operands import passed_on, prepared_flags, sparse_product
-from msbp_jax.weights import SparseWeight
+from msbp_jax.weights import SparseWeight, is_sparse
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,14 +25,16 @@ class Use:
       place: Where in the program.
       operation: The sparse product; None where the weight is dense.
       primitive: Of the equation.
-      rows: Of the input of a product.
+      x: Shape of the input of a product.
+      rows: Of its result.
       dtypes: Of its input and weight.
     """
 
     leaf: int
     place: Place
-    operation: SparseDot | None
+    operation: SparseProduct | None
     primitive: str
+    x: tuple[Any, ...] = ()
     rows: Any = 0
     dtypes: tuple[Any, ...] = ()
 
@@ -89,14 +91,15 @@ def _walk(jaxpr: Any, arguments: Sequence[_Known | None], place: Place, found: l
         taken = [k if take else None for k, take in zip(known, takes, strict=True)]
         if not any(taken):
             continue
-        if eqn.primitive.name == "dot_general":
+        if eqn.primitive.name in PRODUCTS:
             product = sparse_product(eqn, inputs)
             assert product is not None
             leaf = next(k.leaf for k in taken if k is not None)
             lhs, rhs, out = (_compat.shape_of(atom).shape for atom in (*eqn.invars, *eqn.outvars))
             rows = product[0].dims(lhs, rhs, out).rows
             dtypes = tuple(value.dtype for value in inputs)
-            found.append(Use(leaf, here, product[0], eqn.primitive.name, rows, dtypes))
+            x = rhs if is_sparse(inputs[0]) else lhs
+            found.append(Use(leaf, here, product[0], eqn.primitive.name, x, rows, dtypes))
             continue
         results = _inside(eqn, taken, here, found)
         env.update({v: k for v, k in zip(eqn.outvars, results, strict=True) if k is not None})
@@ -154,16 +157,20 @@ def describe(name: str, weight: SparseWeight, uses: Sequence[Use]) -> WeightRow:
       uses: Its uses.
     """
     pattern, products = weight.pattern, [use for use in uses if use.operation is not None]
-    dtypes = products[0].dtypes if products else (weight.dtype,)
-    backend = weight.backend or kernels.chosen(pattern, *dtypes)
+    backends = [use.operation.backend_for(pattern, use.x, *use.dtypes) for use in products if use.operation]
+    backend = weight.backend or (
+        kernels.chosen(pattern, weight.dtype) if not backends else " and ".join(dict.fromkeys(backends))
+    )
     dense = list(dict.fromkeys(use.primitive for use in uses if use.operation is None))
     said = [f"{' and '.join(dense)} sees the dense weight"] if dense else []
     if not products:
         said.append("no product with it is sparse")
     if backend == "xla" and products:
         said.append("its products run on the dense weight, made of the entries each time: slower than a dense one")
-    rows = [use.rows for use in products if not _compat.is_symbolic(use.rows)]
-    if backend == "native" and rows and pattern.density > (most := max(map(kernels.break_even, rows))):
+    known = [use for use in products if not _compat.is_symbolic(use.rows)]
+    rows = [use.rows for use in known]
+    most = max((use.operation.break_even(use.rows) for use in known if use.operation), default=1.0)
+    if backend == "native" and pattern.density > most:
         said.append(
             f"its products are probably slower than with a dense weight, as they are above {most:.0%} of the entries "
             f"for {max(rows)} rows: leave it dense"

@@ -111,7 +111,7 @@ def call(
       instruction_set: Place in `instruction_sets()`; anything but 0 is for tests.
       split: How the call may be split over devices: key of `SPLITS`, rows, and rows that share a choice.
       choose_together: What a selection does where devices have parts of its one group; see `opaque.partition`.
-      **attributes: Its numbers; an int is passed as int64, a float as float32.
+      **attributes: Its numbers; an int is passed as int64, a float as float32, an array as it is.
     """
     _register()
     numbers = {key: _number(value) for key, value in attributes.items()}
@@ -139,6 +139,6 @@ _NOT_EXPORTED = (
 
 
 def _number(value: Any) -> Any:
-    if isinstance(value, bool):
+    if isinstance(value, bool | np.ndarray):
         return value
     return np.int64(value) if isinstance(value, int) else np.float32(value)

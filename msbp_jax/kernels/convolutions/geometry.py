@@ -1,0 +1,34 @@
+"""How a window moves over images whose channels stand last, and how large what it makes is."""
+
+from __future__ import annotations
+
+import dataclasses
+
+type Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """A convolution of images `[images, *pixels, channels]` with a kernel `[*window, channels / groups, features]`.
+
+    Attributes:
+      window: Places along each axis of the pixels, one number an axis, as all below.
+      strides: Pixels from one window to the next.
+      padding: Zeros before and behind, negative to cut off.
+      dilation: Pixels from one place of the window to the next.
+      groups: Of channels, each of which makes its own features.
+    """
+
+    window: Shape
+    strides: Shape
+    padding: tuple[tuple[int, int], ...]
+    dilation: Shape
+    groups: int = 1
+
+    def positions(self, pixels: Shape) -> Shape:
+        """Return how many windows there are along each axis."""
+        sizes = zip(pixels, self.window, self.strides, self.padding, self.dilation, strict=True)
+        return tuple(
+            max(0, (size + sum(pad) - (window - 1) * dilation - 1) // stride + 1)
+            for size, window, stride, pad, dilation in sizes
+        )

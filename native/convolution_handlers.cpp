@@ -1,0 +1,156 @@
+// What XLA calls for convolutions with sparse kernels.
+#include "handlers.h"
+#include "operands.h"
+
+namespace msbp {
+namespace {
+
+constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+
+ffi::Error bad_pattern() {
+  return ffi::Error::InvalidArgument("msbp_jax: a pattern's indices must be in range, its lists one behind the other");
+}
+
+using Numbers = ffi::Span<const int64_t>;
+
+// Geometry, from the images and an attribute of [window, stride, dilation, before] of each axis.
+SparseConvolution geometry(const std::vector<int64_t>& x, const std::vector<int64_t>& y, Numbers axes, int64_t groups,
+                           int64_t entries, Check& check) {
+  SparseConvolution p{};
+  check.range("numbers of the geometry", static_cast<int64_t>(axes.size()), 8, 8);
+  if (!check.good()) return p;
+  const auto axis = [&](int64_t at) {
+    const int64_t* of = axes.begin() + 4 * at;
+    const WindowAxis a{x[1 + at], y[1 + at], of[0], of[1], of[2], of[3]};
+    for (const int64_t size : {a.size, a.out, a.window, a.stride, a.dilation})
+      check.range("sizes of an image and its window", size, 1, 1 << 20);
+    check.range("padding", a.before, -(1 << 20), 1 << 20);
+    return a;
+  };
+  p.vertical = axis(0), p.horizontal = axis(1);
+  p.images = x[0], p.channels = x[3], p.features = y[3], p.groups = groups, p.entries = entries;
+  check.range("images", p.images, 1, kMost);
+  check.range("images of the result", y[0], p.images, p.images);
+  check.range("channels", p.channels, 1, 1 << 20);
+  check.range("features", p.features, 1, 1 << 20);
+  check.range("groups", groups, 1, 1 << 20);
+  check.range("entries", entries, 1, kMost);
+  if (check.good() && (p.channels % groups != 0 || p.features % groups != 0))
+    check.fail("groups must divide channels and features");
+  return p;
+}
+
+int64_t inputs(const SparseConvolution& p) {
+  return p.vertical.window * p.horizontal.window * (p.channels / p.groups);
+}
+
+// y = x * w, or dx of g and w.
+ffi::Error times(ffi::ThreadPool threads, ffi::AnyBuffer values_, ffi::AnyBuffer starts_, ffi::AnyBuffer inner_,
+                 ffi::AnyBuffer order_, ffi::AnyBuffer in_, ffi::Result<ffi::AnyBuffer> out_, bool of_gradient,
+                 Numbers axes, int64_t groups, int64_t instruction_set) {
+  const Operand values("values", values_, 1), starts("starts of lists", starts_, 1), inner("indices", inner_, 1),
+      order("order", order_, 1), in("images", in_, 4), out("result", *out_, 4);
+  Check check;
+  for (const Operand* one : {&values, &starts, &inner, &order}) check.rank(*one, 1);
+  check.rank(in, 4);
+  check.rank(out, 4);
+  check.real(values);
+  check.real(in);
+  for (const Operand* one : {&starts, &inner, &order}) check.dtype(*one, {ffi::DataType::S32}, "int32");
+  check.dtype(out, {ffi::DataType::F32}, "float32");
+  if (!check.good()) return check.error();
+  const Operand &x = of_gradient ? out : in, &y = of_gradient ? in : out;
+  SparseConvolution p = geometry(x.shape, y.shape, axes, groups, values.shape[0], check);
+  if (!check.good()) return check.error();
+  p.values_bfloat16 = values.bfloat16(), p.in_bfloat16 = in.bfloat16();
+  check.shape(inner, {p.entries});
+  check.shape(starts, {(of_gradient ? inputs(p) : p.features) + 1});
+  if (of_gradient) check.shape(order, {p.entries});
+  for (const Operand* one : {&values, &starts, &inner, &order, &in}) check.batch(*one, out.batch);
+  const Kernels* kernels = kernels_of(instruction_set, check);
+  if (!check.good()) return check.error();
+  XlaPool pool(threads, p.entries * p.images * p.vertical.out * p.horizontal.out / 8);
+  bool good = true;
+  const ffi::Error error = for_each_of_batch(out.batch, [&](int64_t b) {
+    SparseConvolution element = p;
+    element.values = values.at(b, out.batch);
+    element.starts = reinterpret_cast<const int32_t*>(starts.at(b, out.batch));
+    element.inner = reinterpret_cast<const int32_t*>(inner.at(b, out.batch));
+    element.order = of_gradient ? reinterpret_cast<const int32_t*>(order.at(b, out.batch)) : nullptr;
+    element.in = in.at(b, out.batch);
+    element.out = reinterpret_cast<float*>(out.at(b, out.batch));
+    good &= (of_gradient ? kernels->convolution_input_gradient : kernels->convolution)(element, pool);
+  });
+  return good ? error : bad_pattern();
+}
+
+ffi::Error gradient(ffi::ThreadPool threads, ffi::AnyBuffer x_, ffi::AnyBuffer g_, ffi::AnyBuffer starts_,
+                    ffi::AnyBuffer inner_, ffi::Result<ffi::AnyBuffer> out_, Numbers axes, int64_t groups,
+                    int64_t instruction_set) {
+  const Operand x("images", x_, 4), g("cotangent", g_, 4), starts("starts of lists", starts_, 1),
+      inner("indices", inner_, 1), out("result", *out_, 1);
+  Check check;
+  check.rank(x, 4);
+  check.rank(g, 4);
+  for (const Operand* one : {&starts, &inner, &out}) check.rank(*one, 1);
+  check.real(x);
+  check.real(g);
+  for (const Operand* one : {&starts, &inner}) check.dtype(*one, {ffi::DataType::S32}, "int32");
+  check.dtype(out, {ffi::DataType::F32}, "float32");
+  if (!check.good()) return check.error();
+  SparseConvolution p = geometry(x.shape, g.shape, axes, groups, inner.shape[0], check);
+  if (!check.good()) return check.error();
+  p.in_bfloat16 = x.bfloat16(), p.g_bfloat16 = g.bfloat16();
+  check.shape(starts, {p.features + 1});
+  check.shape(out, {p.entries});
+  for (const Operand* one : {&x, &g, &starts, &inner}) check.batch(*one, out.batch);
+  const Kernels* kernels = kernels_of(instruction_set, check);
+  if (!check.good()) return check.error();
+  XlaPool pool(threads, p.entries * p.images * p.vertical.out * p.horizontal.out / 8);
+  bool good = true;
+  const ffi::Error error = for_each_of_batch(out.batch, [&](int64_t b) {
+    SparseConvolution element = p;
+    element.in = x.at(b, out.batch);
+    element.g = g.at(b, out.batch);
+    element.starts = reinterpret_cast<const int32_t*>(starts.at(b, out.batch));
+    element.inner = reinterpret_cast<const int32_t*>(inner.at(b, out.batch));
+    element.out = reinterpret_cast<float*>(out.at(b, out.batch));
+    good &= kernels->convolution_weight_gradient(element, pool);
+  });
+  return good ? error : bad_pattern();
+}
+
+XLA_FFI_DEFINE_HANDLER(times_handler, times,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Attr<bool>("of_gradient")
+                           .Attr<Numbers>("axes")
+                           .Attr<int64_t>("groups")
+                           .Attr<int64_t>("instruction_set"));
+
+XLA_FFI_DEFINE_HANDLER(gradient_handler, gradient,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Attr<Numbers>("axes")
+                           .Attr<int64_t>("groups")
+                           .Attr<int64_t>("instruction_set"));
+
+}  // namespace
+
+std::vector<Handler> convolution_handlers() {
+  return {{"msbp_sparse_convolution", reinterpret_cast<void*>(times_handler)},
+          {"msbp_sparse_convolution_gradient", reinterpret_cast<void*>(gradient_handler)}};
+}
+
+}  // namespace msbp
