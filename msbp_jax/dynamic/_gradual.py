@@ -115,6 +115,8 @@ class GradualPruning(SparsitySchedule):
     stages: Mapping[int, float]
     options: Mapping[str, Any]
 
+    changes_shapes = True
+
     def density(self, step: int) -> float:
         """Return the share of the entries that is there after so many updates; 1 before the first stage."""
         return min((share for begins, share in self.stages.items() if begins <= step), default=1.0)

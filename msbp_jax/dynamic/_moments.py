@@ -68,7 +68,7 @@ def owners(tx: Any, opt_state: Any, params: Any, moving: Mapping[str, Any]) -> l
         marked = optax.tree_utils.tree_map_params(
             tx, found, opt_state, named, transform_non_params=lambda _: _Found(), is_leaf=_is_masked
         )
-        alike = jax.tree.structure(marked) == jax.tree.structure(opt_state)
+        alike = _structure(marked) == _structure(opt_state)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(_NOT_OF_TX) from error
     if not alike:
@@ -115,7 +115,7 @@ def check_like_new(tx: Any, opt_state: Any, params: Any) -> None:
         path_name(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     }
     got, wanted = named(opt_state), named(expected)
-    if jax.tree.structure(opt_state) == jax.tree.structure(expected) and got == wanted:
+    if _structure(opt_state) == _structure(expected) and got == wanted:
         return
     different = [name for name in {**wanted, **got} if got.get(name) != wanted.get(name)]
     where = ", ".join(different[:3]) or "its root"
@@ -124,6 +124,10 @@ def check_like_new(tx: Any, opt_state: Any, params: Any) -> None:
         "it treats parameters by their shape, as Adafactor and Muon do, so that moments cannot follow. Take one that "
         "does not, or make it anew at the stage, tx.init(variables['params']), without a schedule's update."
     )
+
+
+def _structure(tree: Any) -> Any:
+    return jax.tree.structure(tree)
 
 
 def _is_masked(node: Any) -> bool:

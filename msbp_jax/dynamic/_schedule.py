@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,10 @@ class SparsitySchedule(abc.ABC):
 
     A schedule of your own is a subclass with the three methods that are abstract here.
 
+    Attributes:
+      changes_shapes: Whether an update changes shapes, and so runs outside of `jit`, after the compiled step; others
+        belong inside it.
+
     Example:
       >>> import jax, jax.numpy as jnp, optax, msbp_jax as msbp
       >>> variables = msbp.prune({"params": {"kernel": jnp.ones((3, 4))}}, density=0.25)
@@ -58,6 +62,8 @@ class SparsitySchedule(abc.ABC):
       >>> sorted(variables["params"]["kernel"].tolist())  # one of three was dropped, and a new one begins at 0
       [0.0, 1.0, 1.0]
     """
+
+    changes_shapes: ClassVar[bool] = False
 
     @abc.abstractmethod
     def init(self, variables: Mapping[str, Any], key: jax.Array | None = None) -> SparsityState:

@@ -82,8 +82,8 @@ def shrunk(
             )
         except ValueError as error:
             raise ValueError(f"{name}, at density {density:g}: {error}") from None
-    values = {name: Move(old[name], pattern)(leaves[name]) for name, pattern in new.items()}
-    found = {**variables, "params": with_leaves(variables["params"], values)}
+    shorter = {name: Move(old[name], pattern)(leaves[name]) for name, pattern in new.items()}
+    found = {**variables, "params": with_leaves(variables["params"], shorter)}
     found[SPARSITY] = with_new_patterns(variables[SPARSITY], new)
     return found, Patterns(old, new)
 

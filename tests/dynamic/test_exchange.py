@@ -41,21 +41,21 @@ def sparse_of(mask, w, stacked):
     )
 
 
-@settings(max_examples=16)
+@settings(max_examples=25)
 @given(
     st.booleans(),
     st.booleans(),
-    st.sampled_from([(3, 5), (7, 4), (1, 6)]),
-    st.floats(0.1, 0.95),
+    st.sampled_from([(3, 5, 9), (1, 6, 4)]),
     st.sampled_from([0.0, 0.3, 0.5, 1.0]),
-    st.integers(0, 9),
+    st.integers(0, 99),
 )
-def test_an_exchange_is_that_of_numpy(regrow, stacked, size, density, share, seed):
+def test_an_exchange_is_that_of_numpy(regrow, stacked, size, share, seed):
     """Small whole numbers, so that there are ties; layers with unequal numbers of entries, so that there is padding."""
     rng = np.random.default_rng(seed)
-    shape = (3, *size) if stacked else size
-    mask = rng.random(shape) < density
-    mask[..., 0, 0], mask[..., -1, -1] = True, False
+    *size, entries = size
+    shape = (3, *size) if stacked else tuple(size)
+    order = rng.random((3 if stacked else 1, size[0] * size[1])).argsort(axis=1)
+    mask = (order < np.asarray([entries, 1, entries - 2])[: len(order), None]).reshape(shape)
     w = rng.integers(-3, 4, shape).astype(np.float32)
     scores = rng.integers(-3, 4, shape).astype(np.float32)
     sparse, tx = sparse_of(mask, w, stacked), optax.sgd(0.1, momentum=0.9)
