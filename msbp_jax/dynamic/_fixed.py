@@ -97,7 +97,7 @@ class Exchange(SparsitySchedule):
             now[SPARSITY] = with_new_patterns(variables[SPARSITY], patterns)
             key = None if state.key is None else jax.random.fold_in(state.key, step)
             scores = self.scores(now, patterns, key, dense_grad_fn)
-            share = self._share(step)
+            share = self.share(step)
             new = {
                 name: _exchanged(patterns[name], values[name], scores[name], share, self.regrow) for name in patterns
             }
@@ -123,7 +123,8 @@ class Exchange(SparsitySchedule):
         found[SPARSITY] = with_new_patterns(variables[SPARSITY], new_patterns)
         return found, jax.tree.unflatten(structure, leaves), state._replace(step=step)
 
-    def _share(self, step: jax.Array) -> jax.Array:
+    def share(self, step: jax.Array) -> jax.Array:
+        """Return the share of the entries that is dropped at a step."""
         share = self.fraction(step) if callable(self.fraction) else self.fraction
         return jnp.clip(jnp.asarray(share, jnp.float32), 0.0, 1.0)
 

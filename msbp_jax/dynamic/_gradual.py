@@ -117,6 +117,10 @@ class GradualPruning(SparsitySchedule):
 
     changes_shapes = True
 
+    def __hash__(self) -> int:
+        """Return a hash of the stages, as options may be lists."""
+        return hash(tuple(self.stages.items()))
+
     def density(self, step: int) -> float:
         """Return the share of the entries that is there after so many updates; 1 before the first stage."""
         return min((share for begins, share in self.stages.items() if begins <= step), default=1.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,13 +59,7 @@ def rigl(*, every: int, until: int, fraction: Fraction = 0.3) -> SparsitySchedul
     References:
       Evci et al., Rigging the lottery: making all tickets winners, 2019 (arXiv 1911.11134).
     """
-    every, ends, checked = check_exchange(every, _checks.positive_int("until", until, "the last step"), fraction)
-    assert ends is not None
-    return RigL(every, ends, checked if callable(checked) else functools.partial(_cosine, checked, ends))
-
-
-def _cosine(fraction: float, until: int, step: jax.Array) -> jax.Array:
-    return jnp.float32(fraction / 2) * (1 + jnp.cos(jnp.float32(np.pi / until) * jnp.asarray(step).astype(jnp.float32)))
+    return RigL(*check_exchange(every, _checks.positive_int("until", until, "the last step"), fraction))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +67,13 @@ class RigL(Exchange):
     """Places are worth the magnitude of the dense gradient."""
 
     regrow = True
+
+    def share(self, step: jax.Array) -> jax.Array:
+        """Return the share of the entries that is dropped at a step: half a wave of a cosine, or as the user says."""
+        if callable(self.fraction) or self.until is None:
+            return super().share(step)
+        angle = jnp.float32(np.pi / self.until) * jnp.asarray(step).astype(jnp.float32)
+        return jnp.float32(self.fraction / 2) * (1 + jnp.cos(angle))
 
     def scores(
         self,

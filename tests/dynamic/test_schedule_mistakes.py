@@ -1,5 +1,7 @@
 """What schedules refuse, and what they say of it."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -199,6 +201,21 @@ def test_an_optimizer_s_state_of_another_stage():
     other = TX.init(msbp.prune(DENSE, density=0.15)["params"])
     with pytest.raises(ValueError, match=r"holds \(9,\) for a/kernel, .* \(12,\): it is the state of another stage"):
         schedule.update(TX, SPARSE, other, schedule.init(SPARSE))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: msbp.rigl(every=1, until=9),
+        lambda: msbp.sparse_evolution(every=1),
+        msbp.static_sparsity,
+        lambda: msbp.gradual_pruning(0.1, begin=1, end=9, every=2, include=["a/*"]),
+    ],
+)
+def test_schedules_are_equal_by_value_and_can_be_pickled(make):
+    assert make() == make() == pickle.loads(pickle.dumps(make()))
+    assert hash(make()) == hash(make())
+    assert make() != msbp.rigl(every=2, until=9)
 
 
 def test_a_schedule_of_one_s_own():

@@ -93,6 +93,8 @@ def test_a_run_that_was_stopped_in_a_stage_has_the_same_bits(name, tmp_path):
             saved = dict(zip(("variables", "opt_state", "state"), carry, strict=True))
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(tmp_path / "at", saved)
+    if name == "gradual":
+        assert run.compiled._cache_size() == 4  # dense, and three stages
     # Another process would know the model, and of the stage its density.
     blank = jax.tree.map(jnp.zeros_like, MLP().init(jax.random.key(9), x))
     density = schedule.density(stop) if name == "gradual" else 0.2
@@ -111,23 +113,22 @@ def test_a_run_that_was_stopped_in_a_stage_has_the_same_bits(name, tmp_path):
         early = msbp.prune(MLP().init(KEY, x), density=0.5)
         with pytest.raises(ValueError, match=r"Dense_0/kernel has 144 entries, and the state at step 5 .* with 86"):
             schedule.check(early, back["state"])
-        assert run.compiled._cache_size() == 4
 
 
 def test_rigl_learns_digits_where_a_random_pattern_stays_behind():
     digits = load_digits()
     x, y = jnp.asarray(digits.data / 16, jnp.float32), jnp.asarray(digits.target)
-    module, tx = MLP(64), optax.adam(5e-3)
+    module, tx = MLP(64), optax.adam(1e-2)
     dense = module.init(KEY, x[:1])
-    variables = msbp.prune(dense, density=0.03, method="random", key=jax.random.key(1))
+    variables = msbp.prune(dense, density=0.05, method="random", key=jax.random.key(1))
     reached = {}
-    for name, schedule in (("rigl", msbp.rigl(every=10, until=130)), ("static", msbp.static_sparsity())):
+    for name, schedule in (("rigl", msbp.rigl(every=10, until=120)), ("static", msbp.static_sparsity())):
         run = Run(schedule, tx, module, x[:1400], y[:1400])
         carry = run.start(variables)
-        for _ in range(160):
+        for _ in range(150):
             carry = run.step(*carry)
         logits = module.apply(msbp.densify(carry[0]), x[1400:])
         reached[name] = float((logits.argmax(-1) == y[1400:]).mean())
-        assert carry[0]["params"]["Dense_0"]["kernel"].shape == (round(0.03 * 64 * 64),)
+        assert carry[0]["params"]["Dense_0"]["kernel"].shape == (round(0.05 * 64 * 64),)
     assert reached["rigl"] > 0.75
-    assert reached["rigl"] > reached["static"] + 0.05
+    assert reached["rigl"] > reached["static"] + 0.1
