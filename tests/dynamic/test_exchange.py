@@ -45,7 +45,7 @@ def sparse_of(mask, w, stacked):
 @given(
     st.booleans(),
     st.booleans(),
-    st.sampled_from([(3, 5, 9), (1, 6, 4)]),
+    st.just((3, 5, 9)),
     st.sampled_from([0.0, 0.3, 0.5, 1.0]),
     st.integers(0, 99),
 )

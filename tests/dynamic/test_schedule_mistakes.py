@@ -175,8 +175,8 @@ def test_the_dense_gradient(dense_grad_fn, message, wrap):
 @pytest.mark.parametrize("method", ["rigl", "set", "static", "gradual"])
 def test_a_pattern_of_another_stage(method):
     schedule = {
-        "rigl": msbp.rigl(every=1, until=9),
-        "set": msbp.sparse_evolution(every=1),
+        "rigl": msbp.rigl(every=2, until=9),
+        "set": msbp.sparse_evolution(every=2),
         "static": msbp.static_sparsity(),
         "gradual": msbp.gradual_pruning(stages={1: 0.15, 2: 0.1}),
     }[method]

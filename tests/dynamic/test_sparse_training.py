@@ -75,26 +75,26 @@ SCHEDULES = {
     "rigl": msbp.rigl(every=2, until=20),
     "set": msbp.sparse_evolution(every=2),
     "static": msbp.static_sparsity(),
-    "gradual": msbp.gradual_pruning(stages={2: 0.5, 4: 0.3, 6: 0.1}),
+    "gradual": msbp.gradual_pruning(stages={2: 0.5, 4: 0.3}),
 }
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_run_that_was_stopped_in_a_stage_has_the_same_bits(name, tmp_path):
-    schedule, tx = SCHEDULES[name], optax.adam(1e-2)
+    schedule, tx = SCHEDULES[name], optax.sgd(0.1, momentum=0.9)
     x, y = jax.random.normal(KEY, (16, 12)), jnp.arange(16) % 10
     run, dense = Run(schedule, tx, MLP(), x, y), MLP().init(KEY, x)
     key = KEY if name == "set" else None
     begin = lambda: dense if name == "gradual" else msbp.prune(dense, density=0.2)
-    carry, stop = run.start(begin(), key), 5
-    for number in range(1, 9):
+    carry, stop = run.start(begin(), key), 3
+    for number in range(1, 7):
         carry = run.step(*carry)
         if number == stop:
             saved = dict(zip(("variables", "opt_state", "state"), carry, strict=True))
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(tmp_path / "at", saved)
     if name == "gradual":
-        assert run.compiled._cache_size() == 4  # dense, and three stages
+        assert run.compiled._cache_size() == 3  # dense, and two stages
     # Another process would know the model, and of the stage its density.
     blank = jax.tree.map(jnp.zeros_like, MLP().init(jax.random.key(9), x))
     density = schedule.density(stop) if name == "gradual" else 0.2
@@ -106,13 +106,13 @@ def test_a_run_that_was_stopped_in_a_stage_has_the_same_bits(name, tmp_path):
     again = back["variables"], back["opt_state"], back["state"]
     schedule.check(again[0], again[2])
     assert int(again[2].step) == stop
-    for _ in range(stop, 8):
+    for _ in range(stop, 6):
         again = run.step(*again)
     assert_trees_equal(bits(again), bits(carry))
     if name == "gradual":
-        early = msbp.prune(MLP().init(KEY, x), density=0.5)
-        with pytest.raises(ValueError, match=r"Dense_0/kernel has 144 entries, and the state at step 5 .* with 86"):
-            schedule.check(early, back["state"])
+        later = msbp.prune(MLP().init(KEY, x), density=0.2)
+        with pytest.raises(ValueError, match=r"Dense_0/kernel has 58 entries, and the state at step 3 .* with 144"):
+            schedule.check(later, back["state"])
 
 
 def test_rigl_learns_digits_where_a_random_pattern_stays_behind():
