@@ -88,8 +88,11 @@ def main(
     training, (test_x, test_y) = load(data)
     module = MLP(width)
     dense = module.init(jax.random.key(0), training[0][:1])
-    # At random, and more of small layers: nothing is known of the weights yet.
+    # At random, and more of small layers: nothing is known of the weights yet. A feature has fewer inputs than a dense
+    # one: larger weights leave its variance as it was.
     sparse = msbp.prune(dense, density=density, method="random", scope="erdos_renyi", key=jax.random.key(1))
+    for layer, patterns in sparse["sparsity"].items():
+        sparse["params"][layer]["kernel"] /= patterns["kernel"].density ** 0.5
     tenth, every = max(1, steps // 10), max(1, steps // 20)
     schedules = {
         "dense": msbp.gradual_pruning(density, begin=steps + 1, end=steps + 1, every=1),  # after the end

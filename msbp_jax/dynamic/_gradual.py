@@ -156,7 +156,7 @@ class GradualPruning(SparsitySchedule):
         if step not in self.stages:
             return dict(variables), opt_state, state._replace(step=count)
         new, patterns = _shrink.shrunk(variables, list(state.entries), self.stages[step], self.options)
-        moves = {name: _shrink.Move(patterns.old.get(name), pattern) for name, pattern in patterns.new.items()}
+        moves = {name: _shrink.move(patterns.old.get(name), pattern) for name, pattern in patterns.new.items()}
         opt_state = moved(tx, opt_state, variables["params"], moves)
         if not patterns.old:
             check_like_new(tx, opt_state, new["params"])

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msbp_jax.dynamic._replace import followed
 from msbp_jax.dynamic._schedule import leaves_of, patterns_of, with_leaves, with_new_patterns
-from msbp_jax.weights import SPARSITY, Pattern, _choose, gathered, pattern_of, prune, scattered
+from msbp_jax.weights import SPARSITY, Pattern, _choose, pattern_of, prune
 
 
 class Patterns(NamedTuple):
@@ -26,22 +27,39 @@ class Patterns(NamedTuple):
     new: dict[str, Pattern]
 
 
-@dataclasses.dataclass(frozen=True)
-class Move:
-    """From the entries of a pattern, or of a dense weight, to those that are kept; for values and their moments.
+def move(old: Pattern | None, new: Pattern) -> Callable[[Any], jax.Array]:
+    """Return what becomes of values, or of moments like them, as entries of a pattern become those of another one.
 
-    Attributes:
+    Args:
       old: None of a dense weight.
       new: Entries among those of `old`.
     """
+    size = math.prod(new.matrix_shape)
+    source = _places(new)
+    if old is not None:
+        number = np.full((len(source), size + 1), old.entries, np.int64)
+        for row, places in zip(number, _places(old), strict=True):
+            row[places] = np.arange(len(places))
+        number[:, size] = old.entries  # padding comes from nowhere
+        source = np.take_along_axis(number, source, axis=1)
+    at = jnp.asarray(source.reshape(new.inputs.shape).astype(np.int32))
+    return lambda leaf: _followed(at, jnp.asarray(leaf).reshape(*new.stacked, -1))
 
-    old: Pattern | None
-    new: Pattern
 
-    def __call__(self, leaf: Any) -> jax.Array:
-        """Return what the kept entries have."""
-        array = jnp.asarray(leaf)
-        return gathered(self.new, array if self.old is None else scattered(self.old, array))
+_followed = jax.jit(followed)
+
+
+def _places(pattern: Pattern) -> np.ndarray:
+    """Return where entries stand in a dense weight, `[layers, entries]`, one past its end for padding.
+
+    On the host: lengths are new at every stage, and each would be compiled for.
+    """
+    m, n = pattern.matrix_shape
+    starts, inputs = (np.asarray(array).reshape(-1, array.shape[-1]) for array in (pattern.starts, pattern.inputs))
+    found = np.full(inputs.shape, m * n, np.int64)
+    for places, begins, own in zip(found, starts, inputs, strict=True):
+        places[: begins[-1]] = own[: begins[-1]].astype(np.int64) * n + np.repeat(np.arange(n), np.diff(begins))
+    return found
 
 
 def shrunk(
@@ -66,12 +84,14 @@ def shrunk(
     leaves = leaves_of(variables["params"])
     weights, masks = {}, {}
     for name, pattern in old.items():
-        matrix = (-1, *pattern.matrix_shape)
         values = np.asarray(leaves[name], np.float64 if leaves[name].dtype == np.float64 else np.float32)
         if not np.isfinite(values).all():
             raise ValueError(f"{name} has entries that are not finite, of which none is larger than another.")
-        weights[name] = np.asarray(scattered(pattern, jnp.asarray(values))).reshape(matrix)
-        masks[name] = np.asarray(pattern.mask()).reshape(matrix)
+        places, (m, n) = _places(pattern), pattern.matrix_shape
+        dense, mask = (np.zeros((len(places), m * n + 1), dtype) for dtype in (values.dtype, bool))
+        np.put_along_axis(dense, places, values.reshape(places.shape), axis=1)
+        np.put_along_axis(mask, places, True, axis=1)
+        weights[name], masks[name] = (array[:, :-1].reshape(-1, m, n) for array in (dense, mask))
     kept = _chosen(weights, masks, {name: pattern.block for name, pattern in old.items()}, density, options["scope"])
     new = {}
     for name, pattern in old.items():
@@ -82,7 +102,7 @@ def shrunk(
             )
         except ValueError as error:
             raise ValueError(f"{name}, at density {density:g}: {error}") from None
-    shorter = {name: Move(old[name], pattern)(leaves[name]) for name, pattern in new.items()}
+    shorter = {name: move(old[name], pattern)(leaves[name]) for name, pattern in new.items()}
     found = {**variables, "params": with_leaves(variables["params"], shorter)}
     found[SPARSITY] = with_new_patterns(variables[SPARSITY], new)
     return found, Patterns(old, new)
@@ -95,7 +115,7 @@ def check_capacity(patterns: Mapping[str, Pattern], names: Sequence[str], densit
       ValueError: It would, of a weight, or of all together.
     """
     shapes = {name: _shape(patterns[name]) for name in names}
-    has = {name: np.asarray(patterns[name].starts[..., -1]).reshape(-1) for name in names}
+    has = {name: np.asarray(patterns[name].starts)[..., -1].reshape(-1) for name in names}
     if scope == "global":
         wanted = {"all weights": round(density * sum(layers * m * n for layers, m, n in shapes.values()))}
         there = {"all weights": int(sum(counts.sum() for counts in has.values()))}

@@ -77,7 +77,7 @@ def test_example_without_data(name, steps, chance, smaller, capsys, monkeypatch)
 
 def test_sparse_from_scratch(tmp_path, capsys):
     module = load(EXAMPLES[0].with_name("sparse_from_scratch.py"))
-    accuracies = module.main(steps=60, density=0.2, width=48)
+    accuracies = module.main(steps=80, density=0.2, width=48)
     assert list(accuracies) == ["dense", "static", "SET", "RigL", "gradual"]
     assert min(accuracies.values()) > 0.3
     lines = capsys.readouterr().out.splitlines()
