@@ -84,8 +84,9 @@ def owners(tx: Any, opt_state: Any, params: Any, moving: Mapping[str, Any]) -> l
 
 
 _NOT_OF_TX = (
-    "The optimizer's state is not one that tx.init makes of these parameters, so that its moments cannot follow their "
-    'weights. Expected the state of tx.init(variables["params"]), and the same tx.'
+    "The optimizer's state is not one that tx.init makes of these parameters, or not parameter by parameter (as under "
+    "optax.flatten), so that its moments cannot follow their weights. Expected the state of "
+    'tx.init(variables["params"]), and the same tx.'
 )
 
 

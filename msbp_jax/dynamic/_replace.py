@@ -51,7 +51,8 @@ def replaced(
 
     def layer(pattern: Pattern, values: jax.Array, scores: jax.Array, count: jax.Array) -> Replaced:
         entries, free = values.shape[0], m * n - pattern.starts[-1]
-        codes = _codes(pattern.starts, pattern.inputs, m, n)
+        features = pattern.features_by_entry()
+        codes = jnp.where(features < n, features * m + pattern.inputs, m * n)
         is_entry = codes < m * n
         count = count if regrow else jnp.minimum(count, free)
         magnitudes = jnp.where(is_entry, jnp.abs(values).astype(jnp.float32), jnp.inf)
@@ -88,13 +89,6 @@ def _by_layers(function: Callable[..., Any], pattern: Pattern) -> Callable[..., 
     for _ in pattern.stacked:
         function = jax.vmap(function)
     return function
-
-
-def _codes(starts: jax.Array, inputs: jax.Array, m: int, n: int) -> jax.Array:
-    """Return the places of entries, ascending, m n for padding."""
-    at = jnp.arange(len(inputs), dtype=jnp.int32)
-    features = jnp.searchsorted(starts[1:], at, side="right").astype(jnp.int32)
-    return jnp.where(features < n, features * m + inputs, m * n)
 
 
 def _ranks(scores: jax.Array) -> jax.Array:

@@ -28,6 +28,7 @@ OPTIMIZERS = {
     "MultiSteps as a transformation": optax.MultiSteps(optax.adam(1e-3), 4).gradient_transformation(),
     "amsgrad": optax.amsgrad(1e-3),
     "lion": optax.lion(1e-3),
+    "a copy of the weights": optax.contrib.schedule_free_sgd(0.1),
     "bfloat16 moments": optax.adam(1e-3, mu_dtype=jnp.bfloat16),
     "adafactor, small": optax.adafactor(1e-3),
 }
@@ -131,5 +132,8 @@ def test_a_state_of_something_else_is_refused():
     other = tx.init(msbp.prune({"params": PARAMS}, density=0.1, include=["a/kernel"])["params"])
     with pytest.raises(ValueError, match=r"holds \(5,\) for a/kernel, whose .* \(24,\): it is the state of another"):
         schedule.update(tx, variables, other, state)
+    flat = optax.flatten(tx)
+    with pytest.raises(ValueError, match=r"or not parameter by parameter \(as under optax.flatten\)"):
+        schedule.update(flat, variables, flat.init(variables["params"]), state)
     with pytest.raises(TypeError, match=r"takes the optimizer first, an optax.GradientTransformation"):
         schedule.update(variables, variables, tx.init(variables["params"]), state)
