@@ -132,6 +132,9 @@ def test_a_state_of_something_else_is_refused():
     other = tx.init(msbp.prune({"params": PARAMS}, density=0.1, include=["a/kernel"])["params"])
     with pytest.raises(ValueError, match=r"holds \(5,\) for a/kernel, whose .* \(24,\): it is the state of another"):
         schedule.update(tx, variables, other, state)
+    adam = tx.init(variables["params"])
+    with pytest.raises(ValueError, match=r"not one that tx.init makes of these parameters"):
+        schedule.update(tx, variables, (adam[0]._replace(count={"a": 1, "b": 2}), *adam[1:]), state)
     flat = optax.flatten(tx)
     with pytest.raises(ValueError, match=r"or not parameter by parameter \(as under optax.flatten\)"):
         schedule.update(flat, variables, flat.init(variables["params"]), state)

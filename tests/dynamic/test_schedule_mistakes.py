@@ -105,6 +105,14 @@ def test_what_gradual_pruning_cannot_prune(variables, options, message):
         msbp.gradual_pruning(**{"stages": {1: 0.5}, **options}).init(variables)
 
 
+def test_all_of_a_weight_may_not_go():
+    """Of all weights together the smallest are all of one."""
+    small = {**SPARSE["params"], "b": {"kernel": 1e-6 * SPARSE["params"]["b"]["kernel"]}}
+    variables, schedule = {**SPARSE, "params": small}, msbp.gradual_pruning(stages={1: 0.1}, scope="global")
+    with pytest.raises(ValueError, match=r"b/kernel, at density 0.1: A mask keeps nothing"):
+        schedule.update(TX, variables, OPT_STATE, schedule.init(variables))
+
+
 def test_gradual_pruning_runs_outside_of_jit():
     schedule = msbp.gradual_pruning(stages={1: 0.1})
     state = schedule.init(SPARSE)
