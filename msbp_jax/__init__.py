@@ -7,6 +7,12 @@ from importlib import metadata as _metadata
 
 from msbp_jax import nnx as nnx
 from msbp_jax import testing as testing
+from msbp_jax.dynamic import SparsitySchedule as SparsitySchedule
+from msbp_jax.dynamic import SparsityState as SparsityState
+from msbp_jax.dynamic import gradual_pruning as gradual_pruning
+from msbp_jax.dynamic import rigl as rigl
+from msbp_jax.dynamic import sparse_evolution as sparse_evolution
+from msbp_jax.dynamic import static_sparsity as static_sparsity
 from msbp_jax.formats import Columns as Columns
 from msbp_jax.formats import Dense as Dense
 from msbp_jax.formats import Entries as Entries

@@ -22,6 +22,7 @@ STAGES = [
     "_checks",
     "formats",
     "weights",
+    "dynamic",
     "kernels",
     "sparsifiers",
     "memory",

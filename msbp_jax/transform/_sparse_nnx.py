@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
 from msbp_jax._checks import path_name
+from msbp_jax.dynamic import SparsitySchedule, SparsityState
 from msbp_jax.transform._nnx import SparseNNXModule
 from msbp_jax.transform._plan import Plan
-from msbp_jax.weights import Pattern, densify, prune, with_patterns
+from msbp_jax.weights import SPARSITY, Pattern, densify, is_pattern, prune, with_patterns
 
 
 class Sparsity(nnx.Variable[Any]):
@@ -56,9 +58,7 @@ class SparseWeightsNNXModule(SparseNNXModule):
         pruned = prune({"params": _told(params), "sparsity": self._patterns()}, **options)
         for name, values in pruned["params"].items():
             params[name].set_value(values)
-        is_pattern = lambda node: isinstance(node, Pattern)
-        found = jax.tree_util.tree_flatten_with_path(pruned["sparsity"], is_leaf=is_pattern)[0]
-        self.sparsity = nnx.data({path_name(path): Sparsity(pattern) for path, pattern in found})
+        self._set_patterns(pruned[SPARSITY])
 
     def densify(self) -> nnx.Module:
         """Make weights dense again, in place, with zeros for what was left out; return the plain module.
@@ -72,6 +72,61 @@ class SparseWeightsNNXModule(SparseNNXModule):
             params[name].set_value(value)
         self.sparsity = nnx.data({})
         return self.module
+
+    def sparse_variables(self, wrt: Any = nnx.Param) -> dict[str, Any]:
+        """Return parameters and patterns as `msbp.prune` does, for `init` and `check` of a schedule.
+
+        Args:
+          wrt: An NNX filter: the Variables that the optimizer has.
+        """
+        patterns = {f"module/{name}": pattern for name, pattern in self._patterns().items()}
+        return {"params": nnx.as_pure(nnx.state(self, wrt)), SPARSITY: patterns}
+
+    def update_sparsity(
+        self,
+        schedule: SparsitySchedule,
+        optimizer: nnx.Optimizer[Any],
+        state: SparsityState,
+        dense_grad_fn: Callable[[Any], Any] | None = None,
+    ) -> SparsityState:
+        """Count a step of a schedule, after the optimizer's; if it is due, patterns and moments change in place.
+
+        Args:
+          schedule: Of sparse training, such as `msbp.rigl`.
+          optimizer: Of this model.
+          state: Of the last update, or of `schedule.init(model.sparse_variables())`.
+          dense_grad_fn: `f(module) -> grads`, as `nnx.grad` of a loss is, called with a dense copy of the plain module
+            where the schedule asks for the dense gradient.
+
+        Returns:
+          The next state of the schedule.
+
+        Raises:
+          ValueError: As the schedule's `update`.
+        """
+
+        def of_arrays(dense: Any) -> Any:
+            assert dense_grad_fn is not None
+            module = nnx.clone(self.module)
+            nnx.update(module, dense["module"])
+            return {"module": nnx.as_pure(dense_grad_fn(module))}
+
+        gradient = None if dense_grad_fn is None else of_arrays
+        variables, opt_state = self.sparse_variables(optimizer.wrt), nnx.as_pure(optimizer.opt_state)
+        variables, opt_state, state = schedule.update(optimizer.tx, variables, opt_state, state, gradient)
+        nnx.update(self, variables["params"])
+        nnx.update(optimizer.opt_state, nnx.state(opt_state))
+        self._set_patterns(variables.get(SPARSITY, {}), "module/")
+        return state
+
+    def _set_patterns(self, patterns: Any, above: str = "") -> None:
+        """Keep patterns in Variables, those that there are if the weights are the same."""
+        found = jax.tree_util.tree_flatten_with_path(patterns, is_leaf=is_pattern)[0]
+        by_name = {path_name(path).removeprefix(above): pattern for path, pattern in found}
+        if by_name.keys() != self.sparsity.keys():
+            self.sparsity = nnx.data({name: Sparsity(pattern) for name, pattern in by_name.items()})
+        for name, pattern in by_name.items():
+            self.sparsity[name].set_value(pattern)
 
     def _run(self, method: str, *args: Any, **kwargs: Any) -> Any:
         params = self._params()

@@ -63,14 +63,30 @@ def of_blocks(masks: Mapping[str, np.ndarray], block: tuple[int, int]) -> dict[s
     return {name: mask.repeat(block[0], axis=1).repeat(block[1], axis=2) for name, mask in masks.items()}
 
 
-def largest(weights: Weights, kept: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """Return masks of the entries with the largest magnitudes in each layer, ties to the first."""
-    return {name: _best(np.abs(weight), kept[name]) for name, weight in weights.items()}
+def largest(
+    weights: Weights, kept: Mapping[str, int], among: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """Return masks of the entries with the largest magnitudes in each layer, ties to the first.
+
+    Args:
+      weights: By path.
+      kept: How many entries a layer keeps of each.
+      among: Masks of those that may be kept; None for all.
+    """
+    return {name: _best(scores, kept[name]) for name, scores in _magnitudes(weights, among).items()}
 
 
-def largest_of_all(weights: Weights, density: float) -> dict[str, np.ndarray]:
-    """Return masks of the entries with the largest magnitudes of all weights together, ties to the first."""
-    flat = np.concatenate([np.abs(weight).ravel() for weight in weights.values()])
+def largest_of_all(
+    weights: Weights, density: float, among: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """Return masks of the entries with the largest magnitudes of all weights together, ties to the first.
+
+    Args:
+      weights: By path.
+      density: Share of all entries that is kept.
+      among: Masks of those that may be kept; None for all.
+    """
+    flat = np.concatenate([scores.ravel() for scores in _magnitudes(weights, among).values()])
     mask = _best(flat.reshape(1, 1, -1), round(density * flat.size)).ravel()
     ends = np.cumsum([weight.size for weight in weights.values()])
     parts = np.split(mask, ends[:-1])
@@ -82,6 +98,12 @@ def drawn(weights: Weights, kept: Mapping[str, int], key: jax.Array) -> dict[str
     keys = jax.random.split(key, max(1, len(weights)))
     noise = {n: np.asarray(jax.random.uniform(k, w.shape)) for k, (n, w) in zip(keys, weights.items(), strict=False)}
     return {name: _best(noise[name], kept[name]) for name in weights}
+
+
+def _magnitudes(weights: Weights, among: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+    """Return magnitudes, and below all of them what may not be kept: an entry that is 0 is more than none."""
+    found = {name: np.abs(weight) for name, weight in weights.items()}
+    return found if among is None else {name: np.where(among[name], found[name], -1) for name in found}
 
 
 def _best(scores: np.ndarray, kept: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Every example runs, learns, and stays short."""
 
+import gzip
 import importlib.util
 import lzma
 import pathlib
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.slow
 EXAMPLES = sorted((pathlib.Path(__file__).parents[2] / "examples").glob("*.py"))
 # On data of a user's choice, with a small set of their own; they return an accuracy for each method.
 ON_DATA = ("lstm_tagger", "cnn_cifar10", "char_transformer")
+OF_METHODS = ("sparse_from_scratch",)  # one method beside the other, on digits or MNIST
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +41,13 @@ def load(path):
 def test_there_are_examples():
     small = {"quickstart", "nnx_quickstart", "plain_jax", "equinox_mlp", "haiku_mlp", "plan", "custom_sparsifier"}
     small |= {"prune_and_finetune", "subnetworks"}
-    assert {path.stem for path in EXAMPLES} == small | set(ON_DATA)
+    assert {path.stem for path in EXAMPLES} == small | {*ON_DATA, *OF_METHODS}
     assert all(len(path.read_text().splitlines()) < 150 for path in EXAMPLES)
 
 
-@pytest.mark.parametrize("path", [p for p in EXAMPLES if p.stem not in ON_DATA], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in EXAMPLES if p.stem not in (*ON_DATA, *OF_METHODS)], ids=lambda path: path.stem
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:haiku")
 def test_example(path, capsys):
     losses = load(path).main(steps=40)
@@ -69,6 +73,27 @@ def test_example_without_data(name, steps, chance, smaller, capsys, monkeypatch)
     assert all(accuracy > chance for accuracy in accuracies.values())
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if "accuracy" in line] == ["dense", "top-k", "MSBP"]
+
+
+def test_sparse_from_scratch(tmp_path, capsys):
+    module = load(EXAMPLES[0].with_name("sparse_from_scratch.py"))
+    accuracies = module.main(steps=80, density=0.2, width=48)
+    assert list(accuracies) == ["dense", "static", "SET", "RigL", "gradual"]
+    assert min(accuracies.values()) > 0.3
+    lines = capsys.readouterr().out.splitlines()
+    sizes = [int(line.split()[1].replace(",", "")) for line in lines]
+    assert sizes[0] == 64 * 48 + 48 * 48 + 48 * 10 + 48 + 48 + 10
+    assert len(set(sizes[1:4])) == 1
+    assert max(sizes[1:]) < 0.25 * sizes[0]
+    pixels, classes = np.arange(3 * 784) % 256, np.arange(3)
+    for part in ("train", "t10k"):  # MNIST's files in miniature
+        for name, header, body in (("images-idx3", 16, pixels), ("labels-idx1", 8, classes)):
+            packed = gzip.compress(bytes(header) + body.astype(np.uint8).tobytes())
+            (tmp_path / f"{part}-{name}-ubyte.gz").write_bytes(packed)
+    (x, y), _ = module.load(tmp_path)
+    assert x.shape == (3, 784)
+    assert x.max() == 1
+    assert y.tolist() == [0, 1, 2]
 
 
 def test_readers_of_real_data(tmp_path):

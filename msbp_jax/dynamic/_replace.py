@@ -1,0 +1,116 @@
+"""Entries that give way to others, as many as there were: the pattern's arrays made anew, in shapes that stay.
+
+A place is one number, `feature * m + input`, so that entries in order are numbers in order, and m n stands for none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from msbp_jax.weights import Pattern
+
+
+class Replaced(NamedTuple):
+    """A new pattern, and where its values come from.
+
+    Attributes:
+      pattern: With as many entries.
+      source: `[..., entries]`, int32: which of the old values each is; the number of entries for a new one, and for
+        padding.
+    """
+
+    pattern: Pattern
+    source: Int[Array, "... entries"]
+
+
+def replaced(
+    pattern: Pattern,
+    values: Float[Array, "... entries"],
+    scores: Float[Array, ...],
+    count: Int[Array, ...],
+    *,
+    regrow: bool,
+) -> Replaced:
+    """Return a pattern in which the entries of the smallest values have given way to places of the largest scores.
+
+    Ties go to the first: feature by feature, input by input.
+
+    Args:
+      pattern: Of entries anywhere.
+      values: Of its entries.
+      scores: In the shape of the dense weight, at least 0.
+      count: `[...]`, int32, for each layer: how many entries are dropped; fewer where there are not as many places.
+      regrow: Whether what was dropped may be chosen again; it is then as if it had not been dropped.
+    """
+    m, n = pattern.matrix_shape
+
+    def layer(pattern: Pattern, values: jax.Array, scores: jax.Array, count: jax.Array) -> Replaced:
+        entries, free = values.shape[0], m * n - pattern.starts[-1]
+        features = pattern.features_by_entry()
+        codes = jnp.where(features < n, features * m + pattern.inputs, m * n)
+        is_entry = codes < m * n
+        count = count if regrow else jnp.minimum(count, free)
+        magnitudes = jnp.where(is_entry, jnp.abs(values).astype(jnp.float32), jnp.inf)
+        dropped = _ranks(magnitudes) < count
+        taken = codes if not regrow else jnp.where(dropped, m * n, codes)
+        flat = scores.reshape(m, n).T.reshape(-1).astype(jnp.float32)
+        flat = jnp.where(jnp.isfinite(flat), flat, 0.0).at[taken].set(-1.0, mode="drop")
+        best = jax.lax.top_k(flat, min(entries, m * n))[1].astype(jnp.int32)
+        grown = jnp.where(jnp.arange(len(best), dtype=jnp.int32) < count, best, m * n)
+        at = jnp.minimum(jnp.searchsorted(codes, grown), entries - 1).astype(jnp.int32)
+        regrown = jnp.where((codes[at] == grown) & (grown < m * n), at, entries)
+        both = jnp.concatenate([jnp.where(dropped, m * n, codes), grown])
+        whence = jnp.concatenate([jnp.arange(entries, dtype=jnp.int32), regrown])
+        codes, source = (array[:entries] for array in jax.lax.sort((both, whence), num_keys=1))
+        return Replaced(_pattern(pattern, codes), jnp.where(codes < m * n, source, entries))
+
+    return _by_layers(layer, pattern)(pattern, values, scores, count)
+
+
+def followed(source: Int[Array, "... entries"], values: jax.Array) -> jax.Array:
+    """Return what stands in the places of a new pattern, 0 where it is new; of values, or of moments like them."""
+    one = lambda source, values: values.at[source].get(mode="fill", fill_value=0)
+    for _ in range(source.ndim - 1):
+        one = jax.vmap(one)
+    return one(source, values)
+
+
+def entry_counts(pattern: Pattern) -> Int[Array, ...]:
+    """Return how many entries each layer has, without padding."""
+    return pattern.starts[..., -1]
+
+
+def _by_layers(function: Callable[..., Any], pattern: Pattern) -> Callable[..., Any]:
+    for _ in pattern.stacked:
+        function = jax.vmap(function)
+    return function
+
+
+def _ranks(scores: jax.Array) -> jax.Array:
+    """Return the rank of each score, the smallest first, ties to the first."""
+    order = jnp.argsort(scores, stable=True)
+    return (
+        jnp.zeros(len(scores), jnp.int32).at[order].set(jnp.arange(len(scores), dtype=jnp.int32), unique_indices=True)
+    )
+
+
+def _pattern(old: Pattern, codes: jax.Array) -> Pattern:
+    """Return the pattern of places that ascend, m n for padding at the end."""
+    m, n = old.matrix_shape
+    is_entry = codes < m * n
+    features, inputs = codes // m, codes % m
+    by_input = jnp.where(is_entry, inputs * n + features, m * n)
+    sorted_codes, order = jax.lax.sort((by_input, jnp.arange(len(codes), dtype=jnp.int32)), num_keys=1)
+    starts = lambda codes, size, lists: jnp.searchsorted(codes, size * jnp.arange(lists + 1, dtype=jnp.int32))
+    return old.replace(
+        starts=starts(codes, m, n).astype(jnp.int32),
+        inputs=jnp.where(is_entry, inputs, 0),
+        input_starts=starts(sorted_codes, n, m).astype(jnp.int32),
+        features=jnp.where(sorted_codes < m * n, sorted_codes % n, 0),
+        order=jnp.where(sorted_codes < m * n, order, 0),
+    )
