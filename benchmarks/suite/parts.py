@@ -11,6 +11,7 @@ from benchmarks.suite import (
     layout,
     rows,
     selection,
+    sparse_convolutions,
     step_memory,
     steps,
     weights,
@@ -52,6 +53,12 @@ PARTS = {
     "entries": Part("dithering, and dx and dw of the entries that are left, over shares of zeros", 21, entries.measure),
     "weights": Part("forward and backward of a layer with sparse weights, over densities", 11, weights.measure),
     "weight steps": Part("steps of networks with sparse weights, over densities", 21, weights.measure_steps),
+    "sparse conv": Part(
+        "forward and backward of convolutions with sparse kernels, over densities", 5, sparse_convolutions.measure
+    ),
+    "sparse conv steps": Part(
+        "a step of a ResNet-18 with sparse kernels, over densities", 5, sparse_convolutions.measure_steps
+    ),
     "steps": Part(
         "whole training steps: networks, optimizers, the bound of Amdahl's law, PyTorch",
         7,

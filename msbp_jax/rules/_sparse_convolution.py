@@ -67,10 +67,10 @@ class SparseConvolution:
         images = tuple(x[axis] for axis in features_last(self.dense.dimension_numbers.lhs_spec))
         return self.backend or convolutions.chosen(pattern, self.geometry, images, *dtypes)
 
-    def break_even(self, rows: int) -> float:
+    def break_even(self, pattern: Pattern, rows: int) -> float:
         """Return the share of the entries up to which it is faster than with a dense kernel."""
         del rows
-        return convolutions.BREAK_EVEN
+        return convolutions.break_even(pattern)
 
     def dims(self, lhs: Shape, rhs: Shape, out: Shape) -> Dims:
         """Return the canonical sizes."""

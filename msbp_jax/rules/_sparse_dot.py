@@ -61,8 +61,9 @@ class SparseDot:
         del x
         return self.backend or weights.chosen(pattern, *dtypes)
 
-    def break_even(self, rows: int) -> float:
+    def break_even(self, pattern: Pattern, rows: int) -> float:
         """Return the share of the entries up to which it is faster than with a dense weight, for so many rows."""
+        del pattern
         return weights.break_even(rows)
 
     def dims(self, lhs: Shape, rhs: Shape, out: Shape) -> Dims:

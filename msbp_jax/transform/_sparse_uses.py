@@ -169,7 +169,7 @@ def describe(name: str, weight: SparseWeight, uses: Sequence[Use]) -> WeightRow:
         said.append("its products run on the dense weight, made of the entries each time: slower than a dense one")
     known = [use for use in products if not _compat.is_symbolic(use.rows)]
     rows = [use.rows for use in known]
-    most = max((use.operation.break_even(use.rows) for use in known if use.operation), default=1.0)
+    most = max((use.operation.break_even(pattern, use.rows) for use in known if use.operation), default=1.0)
     if backend == "native" and pattern.density > most:
         said.append(
             f"its products are probably slower than with a dense weight, as they are above {most:.0%} of the entries "

@@ -25,9 +25,9 @@ from msbp_jax.weights import Pattern
 
 _BACKENDS: Final = {"native": native, "xla": xla}
 
-# Up to which share of the entries lists are faster than a dense kernel, the better of XLA's two ways to dw: see
-# `python -m benchmarks sparse_conv`.
-BREAK_EVEN: Final = 0.3
+# Up to which share of the entries lists are faster than a dense kernel, the better of XLA's two ways to dw, by how many
+# inputs an output has at most (`python -m benchmarks "sparse conv"`): XLA is best where these are many.
+_BREAK_EVEN: Final = ((640, 0.5), (float("inf"), 0.3))
 
 
 def times(
@@ -110,11 +110,20 @@ def weight_gradient(
     return run.weight_gradient(x, g, pattern, geometry, precision)
 
 
+def break_even(pattern: Pattern) -> float:
+    """Return the share of the entries up to which a sparse kernel is faster than a dense one."""
+    inputs, _ = pattern.matrix_shape
+    return next(share for most, share in _BREAK_EVEN if inputs <= most)
+
+
 def chosen(pattern: Pattern, geometry: Geometry, shape: Shape, *dtypes: Any) -> str:
-    """Return the backend that runs a convolution of images of this shape with operands of these dtypes here."""
+    """Return the backend that runs a convolution of images of this shape with operands of these dtypes here.
+
+    A little above the break-even lists are still faster than a dense kernel that has to be made of the entries.
+    """
     if _compat.is_symbolic(*shape) or 0 in shape or 0 in geometry.positions(shape[1:-1]):
         return "xla"
-    if weights.chosen(pattern, *dtypes) != "native":
+    if weights.chosen(pattern, *dtypes) != "native" or pattern.density > break_even(pattern) + 0.04:
         return "xla"
     try:
         native.check_size(geometry, shape, pattern.shape[-1])
