@@ -8,7 +8,8 @@ namespace {
 WindowAxis random_axis(bool wide = false) {
   WindowAxis a{};
   while (a.out < 1) {
-    a = {wide ? between(100, 200) : between(1, 13), 0, between(1, 4), between(1, 3), between(1, 3), between(-2, 4)};
+    const int64_t size = wide ? between(100, 200) : between(1, 13);
+    a = {size, 0, between(1, 4), between(1, 3), between(1, 3), between(-2, 4)};
     const int64_t behind = between(-2, 4), padded = a.size + a.before + behind;
     a.out = (padded - (a.window - 1) * a.dilation - 1) / a.stride + 1;
     if (padded < (a.window - 1) * a.dilation + 1) a.out = 0;
