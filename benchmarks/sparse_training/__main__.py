@@ -90,13 +90,15 @@ def table(runs: dict[str, list[methods.Run]]) -> list[dict[str, Any]]:
 def by_stage(runs: dict[str, list[methods.Run]]) -> list[dict[str, Any]]:
     """Return a row for each stage of gradual pruning, means over seeds."""
     found = [one["stages"] for one in runs.get("gradual", [])]
+    # The first step of a stage is the one that compiles, and is not among the seconds.
+    ms = lambda stage: 1e3 * (stage["seconds"] - stage["of the change"]) / max(1, stage["steps"] - 1)
     return [
         {
             "density": same[0]["density"],
             "steps": same[0]["steps"],
             "seconds": round(float(np.mean([stage["seconds"] for stage in same])), 2),
-            # The first step of a stage is the one that compiles, and is not among the seconds.
-            "ms a step": round(1e3 * float(np.mean([s["seconds"] / max(1, s["steps"] - 1) for s in same])), 2),
+            "of the change": round(float(np.mean([stage["of the change"] for stage in same])), 2),
+            "ms a step": round(float(np.mean([ms(stage) for stage in same])), 2),
         }
         for same in zip(*found, strict=True)
     ]
@@ -127,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
         task = tasks.make(name, args.data, small=args.small, epochs=args.epochs)
         runs = train(task, args, out / "runs")
         head = machine.head(f"python -m benchmarks.sparse_training {name}", today())
-        text = f"{head}, {task.images.name}, {args.seeds} seeds, {task.epochs} epochs.\n\n{markdown(table(runs))}\n"
+        text = f"{head}, {task.images.name}, seeds: {args.seeds}, epochs: {task.epochs}.\n\n{markdown(table(runs))}\n"
         if stages := by_stage(runs):
             text += f"\nGradual pruning, stage by stage:\n\n{markdown(stages)}\n"
         of_epochs = "" if args.epochs is None else f"_{args.epochs}_epochs"

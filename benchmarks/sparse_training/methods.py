@@ -109,7 +109,7 @@ class _Training:
       carry: Variables and the optimizer's state.
       clock: Of what is counted.
       updating: Seconds, of those, of updates that run outside of `jit`.
-      stages: Density, steps and seconds for as long as the shapes were the same.
+      stages: Density, steps and seconds for as long as the shapes were the same; the change before them is among them.
     """
 
     def __init__(self, method: str, task: Task, seed: int) -> None:
@@ -123,7 +123,7 @@ class _Training:
             self._state = self._schedule.init(variables, jax.random.fold_in(key, 1) if method == "set" else None)
         # What is donated is copied: no leaf is there twice.
         self.carry = jax.tree.map(jnp.copy, (variables, self._tx.init(variables["params"])))
-        # A convolution within a branch of XLA's takes more than a hundred times as long on a CPU: RigL's dense gradient
+        # A convolution within a branch of XLA's takes tens of times as long on a CPU: RigL's dense gradient
         # is then a program of its own, called at the steps that are due.
         self._gradient_apart = method == "rigl" and task.convolutions
         self._inside = self._schedule is not None and not self._schedule.changes_shapes and not self._gradient_apart
@@ -133,6 +133,7 @@ class _Training:
         self.clock, self.updating = Clock(), 0.0
         self.stages: list[Run] = []
         self._taken, self._begun = 0, 0.0  # steps of this stage, and the clock at its beginning
+        self._change_took = 0.0  # seconds of the change with which it began
 
     def advance(self, x: jax.Array, y: jax.Array) -> None:
         """Take a step, and change patterns if that is due."""
@@ -152,11 +153,13 @@ class _Training:
         *carry, self._state = self.clock.outside(self._schedule.update, self._tx, *self.carry, self._state)
         self.carry = tuple(carry)
         self.updating += self.clock.steps - before
+        if due:
+            self._change_took = self.clock.steps - before
 
     def end_stage(self) -> None:
         """Write down what the steps since the last change of shapes have taken."""
-        seconds = round(self.clock.steps - self._begun, 3)
-        self.stages.append({"density": density_of(self.carry[0]), "steps": self._taken, "seconds": seconds})
+        seconds = {"seconds": round(self.clock.steps - self._begun, 3), "of the change": round(self._change_took, 3)}
+        self.stages.append({"density": density_of(self.carry[0]), "steps": self._taken, **seconds})
         self._taken, self._begun = 0, self.clock.steps
 
     def _stepped(self, carry: Any, state: Any, x: jax.Array, y: jax.Array) -> Any:
