@@ -198,7 +198,9 @@ def _nerva(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     for density in args.densities or [0.1, 0.05, 0.01]:
         networks[f"density {density:g}"] = _random(module, params, density, seed)
     how = _decayed(args.rate or 0.01, 100)
-    return trained(networks, images, how if args.data is None else how._replace(varied=_moved), args.epochs, seed)[0]
+    return trained(networks, images, how if args.data is None else how._replace(varied=cifar.moved), args.epochs, seed)[
+        0
+    ]
 
 
 def _transfer(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
@@ -221,19 +223,6 @@ def _transferred(
         networks[f"density {density:g}"] = pruned(module, start, density, scope="global")
     then = trained(networks, after, how, args.epochs, seed)[0]
     return [{"data": one.name, **run} for one, runs in ((before, first), (after, then)) for run in runs]
-
-
-def _moved(x: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    """Return images `[examples, 32 x 32 x 3]` shifted by up to four pixels, half of them mirrored."""
-    padded = np.pad(x.reshape(-1, 32, 32, 3), ((0, 0), (4, 4), (4, 4), (0, 0)))
-    moved = np.empty((len(x), 32, 32, 3), x.dtype)
-    which, mirrored = draw.integers(0, 81, len(x)), draw.random(len(x)) < 0.5
-    for at in range(81):
-        down, right = divmod(at, 9)
-        for flipped in (False, True):
-            among = (which == at) & (mirrored == flipped)
-            moved[among] = padded[among, down : down + 32, right : right + 32][:, :, :: -1 if flipped else 1]
-    return moved.reshape(x.shape)
 
 
 def _decayed(rate: float, batch: int) -> Training:

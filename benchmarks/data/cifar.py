@@ -53,6 +53,24 @@ def load(folder: pathlib.Path) -> Images:
     return Images("CIFAR-10", x["train"], y["train"], x["test"], y["test"])
 
 
+def moved(x: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """Return images of 32 x 32 x 3 shifted by up to four pixels, half of them mirrored.
+
+    Args:
+      x: `[examples, 32, 32, 3]`, or flat, `[examples, 3072]`; what comes in from outside is 0.
+      draw: Where to, of each.
+    """
+    padded = np.pad(x.reshape(-1, 32, 32, 3), ((0, 0), (4, 4), (4, 4), (0, 0)))
+    out = np.empty((len(x), 32, 32, 3), x.dtype)
+    which, mirrored = draw.integers(0, 81, len(x)), draw.random(len(x)) < 0.5
+    for at in range(81):
+        down, right = divmod(at, 9)
+        for flipped in (False, True):
+            among = (which == at) & (mirrored == flipped)
+            out[among] = padded[among, down : down + 32, right : right + 32][:, :, :: -1 if flipped else 1]
+    return out.reshape(x.shape)
+
+
 def _files(folder: pathlib.Path) -> Iterator[tuple[str, str, IO[bytes] | pathlib.Path]]:
     """Yield (part, class, file)."""
     if (folder / ARCHIVE).is_file():

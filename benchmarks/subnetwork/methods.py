@@ -20,43 +20,11 @@ import optax
 
 import msbp_jax as msbp
 from benchmarks.helpers.accuracy import percent_right
+from benchmarks.helpers.clock import Clock
 from benchmarks.subnetwork.tasks import Task, loss_fn
 
 type Run = dict[str, Any]
 TUNED = 0.2  # share of the epochs
-
-
-class Clock:
-    """Seconds of calls, those in which something was compiled apart.
-
-    Attributes:
-      steps: Seconds of steps.
-      compiling: Seconds of calls that compiled.
-      programs: How many did.
-    """
-
-    def __init__(self) -> None:
-        self.steps, self.compiling, self.programs = 0.0, 0.0, 0
-
-    def call(self, compiled: Any, *arguments: Any) -> Any:
-        """Call a compiled function and wait for it."""
-        before, begun = compiled._cache_size(), time.perf_counter()
-        result = jax.block_until_ready(compiled(*arguments))
-        passed = time.perf_counter() - begun
-        if compiled._cache_size() > before:
-            self.compiling += passed
-            self.programs += 1
-        else:
-            self.steps += passed
-        return result
-
-    def told(self) -> Run:
-        """Return what was measured."""
-        return {
-            "seconds": round(self.steps, 4),
-            "compiling": round(self.compiling, 2),
-            "programs": self.programs,
-        }
 
 
 def plain_step(module: Any, tx: optax.GradientTransformation) -> Callable[..., Any]:

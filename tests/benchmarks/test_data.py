@@ -108,3 +108,13 @@ def test_windows_of_text():
     x, y = next(text.windows(numbers, 3, 5, 0))
     assert x.shape == y.shape == (3, 5)
     np.testing.assert_array_equal(x[:, 1:], y[:, :-1])
+
+
+def test_moved_images():
+    x = np.random.default_rng(0).random((8, 32, 32, 3), np.float32) + 1
+    found = cifar.moved(x, np.random.default_rng(1))
+    flat = cifar.moved(x.reshape(8, -1), np.random.default_rng(1))
+    np.testing.assert_array_equal(flat, found.reshape(8, -1))
+    for image, was in zip(found, x, strict=True):
+        assert np.isin(was[8:24, 8:24], image).all()  # the middle is there wherever an image went
+        assert (image == 0).mean() < 0.25

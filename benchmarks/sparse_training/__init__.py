@@ -1,0 +1,1 @@
+"""Training sparse networks from scratch: what is reached, and in what time."""
