@@ -52,11 +52,14 @@ struct Window {
       Pixels read = whole;
       read.top = most(0, down), read.bottom = least(whole.bottom, p.vertical.out + down);
       read.left = most(0, across), read.right = least(whole.right, p.horizontal.out + across);
+      const bool reads = read.top < read.bottom && read.left < read.right;
       number[k] = number_of(whole);
       if (number[k] == phases) {
+        if (!reads) read.bottom = read.top, read.right = read.left;
         phase[phases++] = read;
         continue;
       }
+      if (!reads) continue;
       Pixels& known = phase[number[k]];
       known.top = least(known.top, read.top), known.bottom = most(known.bottom, read.bottom);
       known.left = least(known.left, read.left), known.right = most(known.right, read.right);
@@ -111,6 +114,7 @@ template <typename Value, typename Other>
 bool convolution(const msbp::SparseConvolution& p, msbp::Pool& pool) {
   if (!are_lists(p.starts, p.features, p.entries)) return false;
   const Planes planes(p, Window::most_phases(p) * p.channels);
+  if (!planes.addressable(Window::most_phases(p) * p.channels)) return false;
   const Window window(p, planes);
   Shifted* entries = scratch<Shifted>(msbp::Slot::kLists, most(1, p.starts[p.features]));
   if (!of_features<Value>(p, planes, window, entries)) return false;
@@ -136,6 +140,7 @@ bool convolution_input_gradient(const msbp::SparseConvolution& p, msbp::Pool& po
   const int64_t m = p.vertical.window * p.horizontal.window * channels;
   if (!are_lists(p.starts, m, p.entries)) return false;
   const Planes planes(p, p.features);
+  if (!planes.addressable(p.features)) return false;
   const Window window(p, planes);
   const Value* values = static_cast<const Value*>(p.values);
   // A list for each phase and channel of x: those of the places of the window that read it.
@@ -190,6 +195,7 @@ bool convolution_weight_gradient(const msbp::SparseConvolution& p, msbp::Pool& p
   if (!are_lists(p.starts, p.features, p.entries)) return false;
   const int64_t of_x = Window::most_phases(p) * p.channels, entries = p.starts[p.features];
   const Planes planes(p, of_x + p.features);
+  if (!planes.addressable(of_x)) return false;
   const Window window(p, planes);
   Shifted* lists = scratch<Shifted>(msbp::Slot::kLists, most(1, entries));
   if (!of_features<float>(p, planes, window, lists)) return false;
@@ -228,7 +234,7 @@ bool convolution_weight_gradient(const msbp::SparseConvolution& p, msbp::Pool& p
   constexpr int64_t kEntriesATask = 4096;
   parallel(pool, ceil_div(most(1, p.entries), kEntriesATask), [&](int64_t task) {
     for (int64_t e = task * kEntriesATask; e < least(p.entries, (task + 1) * kEntriesATask); ++e) {
-      float total = 0;  // of entries that are there to make patterns equally long
+      float total = 0;  // stays 0 for padding
       for (int64_t part = 0; e < entries && part < parts; ++part) total += partial[part * entries + e];
       p.out[e] = total;
     }

@@ -7,10 +7,6 @@ namespace {
 
 constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
 
-ffi::Error bad_pattern() {
-  return ffi::Error::InvalidArgument("msbp_jax: a pattern's indices must be in range, its lists one behind the other");
-}
-
 using Numbers = ffi::Span<const int64_t>;
 
 // Geometry, from the images and an attribute of [window, stride, dilation, before] of each axis.

@@ -39,7 +39,8 @@ void convolutions_once(const Kernels& kernels, Pool& pool) {
   SparseConvolution p{};
   const int64_t wide = between(0, 7);  // or tall: those are cut into bands
   p.vertical = random_axis(wide < 2), p.horizontal = random_axis(wide == 0);
-  p.images = between(1, 5), p.channels = groups * channels, p.features = n, p.groups = groups;
+  p.images = between(0, 5) == 0 && wide > 1 ? between(32, 50) : between(1, 5);  // many share a plane
+  p.channels = groups * channels, p.features = n, p.groups = groups;
   const int64_t m = p.vertical.window * p.horizontal.window * channels;
   const RandomPattern pattern(m, n);
   p.entries = pattern.entries;

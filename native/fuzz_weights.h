@@ -74,6 +74,29 @@ void weights_once(const Kernels& kernels, Pool& pool) {
                    rows, m, n, out_w.get()};
   demand(kernels.weight_gradient(d, pool), "a pattern of a gradient", kernels, sizes);
   for (int64_t e = 0; e < entries; ++e) demand(near(out_w[e], dw[e], dw_scale), "weight_gradient", kernels, sizes);
+  Block<float> whole(new float[m * n]), taken(new float[entries]);
+  const Array plain(entries, false, 0);
+  DenseWeight u{pattern.starts_by_input.get(), pattern.features.get(), pattern.order.get(), plain.data(), false, m, n,
+                entries, whole.get()};
+  demand(kernels.unpack(u, pool), "a pattern to unpack", kernels, sizes);
+  for (int64_t i = 0; i < m * n; ++i)
+    demand(whole[i] == (number[i] < 0 ? 0.0f : plain.exact[number[i]]), "unpack", kernels, sizes);
+  DenseWeight k = u;
+  k.in = whole.get(), k.out = taken.get();
+  demand(kernels.pack(k, pool), "a pattern to pack", kernels, sizes);
+  for (int64_t e = 0; e < entries; ++e) demand(taken[e] == (e < used ? plain.exact[e] : 0), "pack", kernels, sizes);
+  const int64_t most = between(1, m * n + 2), count = between(0, most);
+  const Array scores(m * n, false, 1);  // ties, and numbers below 0, which are never taken
+  Block<int32_t> places(new int32_t[most]);
+  kernels.largest({static_cast<const float*>(scores.data()), m * n, count, most, places.get()}, pool);
+  std::vector<int32_t> best;
+  for (int64_t i = 0; i < m * n; ++i)
+    if (scores.exact[i] >= 0) best.push_back(static_cast<int32_t>(i));
+  std::stable_sort(best.begin(), best.end(), [&](int32_t a, int32_t b) { return scores.exact[a] > scores.exact[b]; });
+  best.resize(std::min<size_t>(best.size(), count));
+  std::sort(best.begin(), best.end());
+  best.resize(most, static_cast<int32_t>(m * n));
+  demand(std::equal(best.begin(), best.end(), places.get()), "largest", kernels, sizes);
   if (used == 0) return;
   const int64_t spoiled = between(0, used - 1);  // none of these may be followed
   pattern.inner[spoiled] = between(0, 1) ? static_cast<int32_t>(m) : -1;

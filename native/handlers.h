@@ -10,9 +10,11 @@ struct Handler {
   void* function;
 };
 
-std::vector<Handler> rows_handlers();     // rows_handlers.cpp
-std::vector<Handler> entries_handlers();  // entries_handlers.cpp
-std::vector<Handler> weights_handlers();  // weights_handlers.cpp
-std::vector<Handler> convolution_handlers();  // convolution_handlers.cpp
+// Each in the file of its name.
+std::vector<Handler> rows_handlers();
+std::vector<Handler> entries_handlers();
+std::vector<Handler> weights_handlers();
+std::vector<Handler> unpack_handlers();
+std::vector<Handler> convolution_handlers();
 
 }  // namespace msbp

@@ -8,6 +8,7 @@
 #include "lists.h"
 #include "rows.h"
 #include "select.h"
+#include "unpack.h"
 #include "weights.h"
 
 #ifndef MSBP_KERNELS
@@ -33,14 +34,16 @@ void grad_weight(const msbp::Product& p, msbp::Pool& pool) {
   by_lists(p) ? grad_weight_by_lists<Value, Other>(p, pool) : grad_weight_by_groups<Value, Other>(p, pool);
 }
 
-// Runs body(value, other) with a number of each operand's type: float, or the bits of a bfloat16.
+// Returns body(first, second) with a number of each operand's type: float, or the bits of a bfloat16.
+template <typename Body>
+auto by_types(bool first_bfloat16, bool second_bfloat16, const Body& body) {
+  if (first_bfloat16) return second_bfloat16 ? body(uint16_t{}, uint16_t{}) : body(uint16_t{}, float{});
+  return second_bfloat16 ? body(float{}, uint16_t{}) : body(float{}, float{});
+}
+
 template <typename Product, typename Body>
 void by_types(const Product& p, const Body& body) {
-  if (p.values_bfloat16) {
-    p.other_bfloat16 ? body(uint16_t{}, uint16_t{}) : body(uint16_t{}, float{});
-  } else {
-    p.other_bfloat16 ? body(float{}, uint16_t{}) : body(float{}, float{});
-  }
+  by_types(p.values_bfloat16, p.other_bfloat16, body);
 }
 
 void grad_input(const msbp::Product& p, msbp::Pool& pool) {
@@ -68,37 +71,36 @@ void entries_grad_weight(const msbp::MatrixProduct& p, msbp::Pool& pool) {
 }
 
 bool weight_times(const msbp::WeightProduct& p, msbp::Pool& pool) {
-  if (p.values_bfloat16)
-    return p.in_bfloat16 ? weight_times<uint16_t, uint16_t>(p, pool) : weight_times<uint16_t, float>(p, pool);
-  return p.in_bfloat16 ? weight_times<float, uint16_t>(p, pool) : weight_times<float, float>(p, pool);
+  return by_types(p.values_bfloat16, p.in_bfloat16,
+                  [&](auto a, auto b) { return weight_times<decltype(a), decltype(b)>(p, pool); });
 }
 
 bool weight_gradient(const msbp::WeightGradient& p, msbp::Pool& pool) {
-  if (p.x_bfloat16)
-    return p.g_bfloat16 ? weight_gradient<uint16_t, uint16_t>(p, pool) : weight_gradient<uint16_t, float>(p, pool);
-  return p.g_bfloat16 ? weight_gradient<float, uint16_t>(p, pool) : weight_gradient<float, float>(p, pool);
+  return by_types(p.x_bfloat16, p.g_bfloat16,
+                  [&](auto a, auto b) { return weight_gradient<decltype(a), decltype(b)>(p, pool); });
+}
+
+bool unpack(const msbp::DenseWeight& p, msbp::Pool& pool) {
+  return p.halves ? unpack<uint16_t>(p, pool) : unpack<float>(p, pool);
+}
+
+bool pack(const msbp::DenseWeight& p, msbp::Pool& pool) {
+  return p.halves ? pack<uint16_t>(p, pool) : pack<float>(p, pool);
 }
 
 bool convolution(const msbp::SparseConvolution& p, msbp::Pool& pool) {
-  if (p.values_bfloat16)
-    return p.in_bfloat16 ? convolution<uint16_t, uint16_t>(p, pool) : convolution<uint16_t, float>(p, pool);
-  return p.in_bfloat16 ? convolution<float, uint16_t>(p, pool) : convolution<float, float>(p, pool);
+  return by_types(p.values_bfloat16, p.in_bfloat16,
+                  [&](auto a, auto b) { return convolution<decltype(a), decltype(b)>(p, pool); });
 }
 
 bool convolution_input_gradient(const msbp::SparseConvolution& p, msbp::Pool& pool) {
-  if (p.values_bfloat16)
-    return p.in_bfloat16 ? convolution_input_gradient<uint16_t, uint16_t>(p, pool)
-                         : convolution_input_gradient<uint16_t, float>(p, pool);
-  return p.in_bfloat16 ? convolution_input_gradient<float, uint16_t>(p, pool)
-                       : convolution_input_gradient<float, float>(p, pool);
+  return by_types(p.values_bfloat16, p.in_bfloat16,
+                  [&](auto a, auto b) { return convolution_input_gradient<decltype(a), decltype(b)>(p, pool); });
 }
 
 bool convolution_weight_gradient(const msbp::SparseConvolution& p, msbp::Pool& pool) {
-  if (p.in_bfloat16)
-    return p.g_bfloat16 ? convolution_weight_gradient<uint16_t, uint16_t>(p, pool)
-                        : convolution_weight_gradient<uint16_t, float>(p, pool);
-  return p.g_bfloat16 ? convolution_weight_gradient<float, uint16_t>(p, pool)
-                      : convolution_weight_gradient<float, float>(p, pool);
+  return by_types(p.in_bfloat16, p.g_bfloat16,
+                  [&](auto a, auto b) { return convolution_weight_gradient<decltype(a), decltype(b)>(p, pool); });
 }
 
 void dither(const msbp::Dither& d, msbp::Pool& pool) {
@@ -130,6 +132,9 @@ const Kernels MSBP_JOIN(MSBP_KERNELS, _kernels) = {MSBP_TEXT(MSBP_KERNELS),
                                                    entries_grad_weight,
                                                    weight_times,
                                                    weight_gradient,
+                                                   unpack,
+                                                   pack,
+                                                   largest,
                                                    convolution,
                                                    convolution_input_gradient,
                                                    convolution_weight_gradient};

@@ -102,6 +102,24 @@ struct WeightGradient {
   float* out;  // [entries]
 };
 
+// A dense weight [m, n] and its entries: `in` are entries and `out` the weight, or the other way: see unpack.h.
+struct DenseWeight {
+  const int32_t* starts;    // [m + 1], of the lists of inputs
+  const int32_t* features;  // [entries]
+  const int32_t* order;     // [entries]
+  const void* in;
+  bool halves;  // two bytes a number, and not four
+  int64_t m, n, entries;
+  void* out;
+};
+
+// places [most] = those of the `count` largest of scores [size]: see unpack.h.
+struct Largest {
+  const float* scores;
+  int64_t size, count, most;
+  int32_t* places;
+};
+
 // An axis of the pixels that a window moves along.
 struct WindowAxis {
   int64_t size, out;                 // pixels of x and of y
@@ -137,7 +155,10 @@ struct Kernels {
   void (*entries_grad_weight)(const MatrixProduct&, Pool&);
   bool (*weight_times)(const WeightProduct&, Pool&);      // false if an index is out of range
   bool (*weight_gradient)(const WeightGradient&, Pool&);  // the same
-  bool (*convolution)(const SparseConvolution&, Pool&);   // the same
+  bool (*unpack)(const DenseWeight&, Pool&);              // the same
+  bool (*pack)(const DenseWeight&, Pool&);                // the same
+  void (*largest)(const Largest&, Pool&);
+  bool (*convolution)(const SparseConvolution&, Pool&);   // as weight_times
   bool (*convolution_input_gradient)(const SparseConvolution&, Pool&);
   bool (*convolution_weight_gradient)(const SparseConvolution&, Pool&);
 };

@@ -115,6 +115,10 @@ ffi::Error for_each_of_batch(const std::vector<int64_t>& batch, const Body& body
   return ffi::Error::Success();
 }
 
+inline ffi::Error bad_pattern() {
+  return ffi::Error::InvalidArgument("msbp_jax: a pattern's indices must be in range, its lists one behind the other, images addressable by 32 bits");
+}
+
 // How products are called: a compact cotangent of two arrays, and the weight or the inputs.
 auto product_binding() {
   return ffi::Ffi::Bind()

@@ -6,6 +6,8 @@
 // of one, as the second-level cache holds.
 #pragma once
 
+#include <limits>
+
 #include "tile.h"
 
 namespace {
@@ -31,7 +33,7 @@ struct Line {
 };
 
 // Which pixels of images [height, width, channels] a plane has: those `down` and `across` apart from one on, of which
-// those in [top, bottom) and [left, right) are read. Others may hold anything, and must not be multiplied by a zero.
+// those in [top, bottom) and [left, right) are read. What a stride leaves over, and padding cuts off, may hold anything.
 struct Pixels {
   int64_t height, width, channels;
   int64_t down = 1, across = 1, row = 0, column = 0;
@@ -68,6 +70,12 @@ struct Planes {
     } else {
       images = most(1, least(least(fits / image, 8), p.images / 16));
     }
+    // A few large images are cut into bands, too, so that there is something to share.
+    constexpr int64_t kLeastTasks = 8;
+    if (images == 1 && p.images * bands < kLeastTasks) {
+      bands = least(ceil_div(kLeastTasks, p.images), most(1, image / (2 * block)));
+      band = ceil_div(rows, bands), bands = ceil_div(rows, band);
+    }
     tasks = bands * ceil_div(p.images, images);
     length = 2 * margin + ceil_div(images * band * pitch, block) * block;
     if (length % 1024 == 0) length += VL;  // planes a power of two apart would share their places in the cache
@@ -76,6 +84,7 @@ struct Planes {
   struct Task {
     int64_t first, images, begin, end;  // images, and rows of each
   };
+  bool addressable(int64_t planes) const { return planes * length <= std::numeric_limits<int32_t>::max(); }
   Task at(int64_t task, int64_t all) const {
     const int64_t first = task / bands * images, begin = task % bands * band;
     return {first, least(images, all - first), begin, least(vertical.pitch, begin + band)};

@@ -7,10 +7,6 @@ namespace {
 
 constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
 
-ffi::Error bad_pattern() {
-  return ffi::Error::InvalidArgument("msbp_jax: a pattern's indices must be in range, its lists one behind the other");
-}
-
 ffi::Error times(ffi::ThreadPool threads, ffi::AnyBuffer values_, ffi::AnyBuffer starts_, ffi::AnyBuffer inner_,
                  ffi::AnyBuffer order_, ffi::AnyBuffer in_, ffi::Result<ffi::AnyBuffer> out_, bool ordered,
                  int64_t instruction_set) {

@@ -29,7 +29,7 @@ class SparseConvolution:
       dense: The same with a dense kernel.
       shape: Of the dense kernel.
       structure: Of the pattern, whose arrays are the operands from the third on.
-      backend: "native" or "xla"; None to choose.
+      backend: "native" or "xla"; None to choose, which may be "unpacked".
     """
 
     dense: Convolution
@@ -43,13 +43,13 @@ class SparseConvolution:
 
     def _forward(self, *operands: jax.Array) -> jax.Array:
         x, values, *arrays = operands
-        out = self._out(x, values)
+        dtype = self.dense.preferred_element_type or x.dtype
         images = jnp.transpose(x, features_last(self.dense.dimension_numbers.lhs_spec))
         # Within shard_map a rule may not return a gradient that varies over devices for an operand that does not.
         (images, values, *arrays), _, _ = _compat.varying_alike([images, values, *arrays])
         pattern = jax.tree.unflatten(self.structure, arrays)
         y = _product(self.geometry, self.dense.precision, self.backend, images, values, pattern)
-        return jnp.transpose(y.astype(out.dtype), inverse(features_last(self.dense.dimension_numbers.out_spec)))
+        return jnp.transpose(y.astype(dtype), inverse(features_last(self.dense.dimension_numbers.out_spec)))
 
     @property
     def geometry(self) -> Geometry:
@@ -62,8 +62,9 @@ class SparseConvolution:
             groups=self.dense.feature_group_count,
         )
 
-    def backend_for(self, pattern: Pattern, x: Shape, *dtypes: Any) -> str:
+    def backend_for(self, pattern: Pattern, x: Shape, rows: Any, *dtypes: Any) -> str:
         """Return what runs it for images of a shape as the program has them."""
+        del rows
         images = tuple(x[axis] for axis in features_last(self.dense.dimension_numbers.lhs_spec))
         return self.backend or convolutions.chosen(pattern, self.geometry, images, *dtypes)
 
@@ -112,25 +113,30 @@ class SparseConvolution:
         return found
 
 
-def sparse_convolution_of(dense: Convolution, weight: SparseWeight) -> SparseConvolution | None:
-    """Return a convolution with a sparse kernel; None for one that there is no kernel for.
+def sparse_convolution_of(dense: Convolution, weight: SparseWeight) -> SparseConvolution | str:
+    """Return a convolution with a sparse kernel; of one that there is no kernel for, the reason.
 
     Args:
       dense: The convolution with the dense kernel.
       weight: The kernel.
     """
     axes = weight.ndim
-    by_place = (axes - 1, axes - 2, *range(axes - 2))  # the kernel is [*window, channels, features]
-    if (
-        weight.values.ndim != 1
-        or weight.turned
-        or weight.pattern.input_axes != axes - 1
-        or not 3 <= axes <= 4
-        or dense.dimension_numbers.rhs_spec != by_place
-        or dense.batch_group_count != 1
-        or any(step != 1 for step in dense.lhs_dilation)
-    ):
-        return None
+    by_place = (axes - 1, axes - 2, *range(axes - 2))
+    reasons = {
+        "the kernel is one of several that are stacked": weight.values.ndim != 1,
+        "the kernel has another order of axes than [*window, channels, features]": (
+            weight.turned or dense.dimension_numbers.rhs_spec != by_place
+        ),
+        f"input_axes= of prune must say that all axes but the last are inputs, {axes - 1} here": (
+            weight.pattern.input_axes != axes - 1
+        ),
+        "images have more than two axes of pixels": not 3 <= axes <= 4,
+        "groups of images": dense.batch_group_count != 1,
+        "a transposed convolution": any(step != 1 for step in dense.lhs_dilation),
+        "tiles are of matrix products": weight.backend == "tiles",
+    }
+    if reason := next((reason for reason, holds in reasons.items() if holds), ""):
+        return reason
     return SparseConvolution(
         dense=dense, shape=weight.shape, structure=jax.tree.structure(weight.pattern), backend=weight.backend
     )

@@ -56,10 +56,10 @@ class SparseDot:
         out = self._out(lhs, rhs)
         return algebra.program_g(y.astype(out.dtype)[None], out.shape)
 
-    def backend_for(self, pattern: Pattern, x: Shape, *dtypes: Any) -> str:
+    def backend_for(self, pattern: Pattern, x: Shape, rows: Any, *dtypes: Any) -> str:
         """Return what runs it for an input of a shape."""
         del x
-        return self.backend or weights.chosen(pattern, *dtypes)
+        return self.backend or weights.chosen(pattern, rows, *dtypes)
 
     def break_even(self, pattern: Pattern, rows: int) -> float:
         """Return the share of the entries up to which it is faster than with a dense weight, for so many rows."""

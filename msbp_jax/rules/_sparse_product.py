@@ -19,8 +19,8 @@ SparseProduct = SparseDot | SparseConvolution
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 
 
-def sparse_product_of(dense: Operation, x: Any, weight: SparseWeight) -> tuple[SparseProduct, tuple[Any, ...]] | None:
-    """Return an operation and its operands; None where the weight has to be dense.
+def sparse_product_of(dense: Operation, x: Any, weight: SparseWeight) -> tuple[SparseProduct, tuple[Any, ...]] | str:
+    """Return an operation and its operands; where the weight has to be dense, the reason, if there is one to tell.
 
     Args:
       dense: The contraction with the dense weight.
@@ -29,7 +29,9 @@ def sparse_product_of(dense: Operation, x: Any, weight: SparseWeight) -> tuple[S
     """
     if isinstance(dense, Convolution):
         convolution = sparse_convolution_of(dense, weight)
-        return None if convolution is None else (convolution, (x, weight.values, *jax.tree.leaves(weight.pattern)))
+        if isinstance(convolution, str):
+            return convolution
+        return convolution, (x, weight.values, *jax.tree.leaves(weight.pattern))
     assert isinstance(dense, DotGeneral)
     dot = sparse_dot_of(dense, weight)
-    return None if dot is None else (dot, operands_of(dense, x, weight))
+    return "" if dot is None else (dot, operands_of(dense, x, weight))

@@ -88,7 +88,8 @@ def _equation(eqn: _compat.JaxprEqn, inputs: list[Any], placed: Placeds, sites: 
     """Evaluate an equation that is a site or a product with a sparse weight, or has one inside."""
     if eqn.primitive.name not in CONTRACTIONS:
         return _rebuilt(_Equation(eqn.primitive, eqn.params), tuple(placed.items()))(inputs, sites)
-    sparse = sparse_product(eqn, inputs)
+    product = sparse_product(eqn, inputs)
+    sparse = None if isinstance(product, str) else product
     # A constant of the program may be a NumPy array.
     operands = tuple(map(jnp.asarray, inputs if sparse is None else sparse[1]))
     if not placed:

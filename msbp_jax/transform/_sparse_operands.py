@@ -53,16 +53,16 @@ def prepared_flags(eqn: _compat.JaxprEqn, inputs: Sequence[Any]) -> list[bool]:
     return [takes(number) for number in range(len(inputs))]
 
 
-def sparse_product(eqn: _compat.JaxprEqn, inputs: Sequence[Any]) -> tuple[SparseProduct, tuple[Any, ...]] | None:
-    """Return the operation and operands of a product with a sparse weight; None if it is none."""
+def sparse_product(eqn: _compat.JaxprEqn, inputs: Sequence[Any]) -> tuple[SparseProduct, tuple[Any, ...]] | str:
+    """Return the operation and operands of a product with a sparse weight; if it is none, the reason, or ""."""
     if eqn.primitive.name not in PRODUCTS or sum(map(is_sparse, inputs)) != 1:
-        return None
+        return ""
     side = "lhs" if is_sparse(inputs[0]) else "rhs"
     weight, x = (inputs[0], inputs[1]) if side == "lhs" else (inputs[1], inputs[0])
     try:
         dense: Operation = operation_of(eqn.primitive.name, dict(eqn.params), side)  # type: ignore[arg-type]
-    except NotImplementedError:
-        return None
+    except NotImplementedError as error:
+        return str(error)
     return sparse_product_of(dense, x, weight)
 
 
@@ -70,7 +70,7 @@ def _takes(eqn: _compat.JaxprEqn, inputs: Sequence[Any]) -> Callable[[int], bool
     """Return whether an equation can take a sparse weight as its input of that number."""
     nowhere: Callable[[int], bool] = lambda number: False
     if eqn.primitive.name in PRODUCTS:
-        yes = sparse_product(eqn, inputs) is not None
+        yes = not isinstance(sparse_product(eqn, inputs), str)
         return lambda number: yes
     if _compat.left_alone(eqn):
         return nowhere

@@ -9,11 +9,10 @@ from typing import Any
 import jax
 
 from msbp_jax import _compat
-from msbp_jax.kernels import weights as kernels
 from msbp_jax.rules import PRODUCTS, SparseProduct
 from msbp_jax.transform._discover import Place
 from msbp_jax.transform._sparse_operands import passed_on, prepared_flags, sparse_product
-from msbp_jax.weights import SparseWeight, is_sparse
+from msbp_jax.weights import Pattern, SparseWeight, is_sparse
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -24,7 +23,7 @@ class Use:
       leaf: Number of its parameter.
       place: Where in the program.
       operation: The sparse product; None where the weight is dense.
-      primitive: Of the equation.
+      primitive: Of the equation; with the reason for a dense weight, if there is one.
       x: Shape of the input of a product.
       rows: Of its result.
       dtypes: Of its input and weight.
@@ -87,13 +86,15 @@ def _walk(jaxpr: Any, arguments: Sequence[_Known | None], place: Place, found: l
         takes = prepared_flags(eqn, inputs)
         for k, take in zip(known, takes, strict=True):
             if k is not None and not take:
-                found.append(Use(k.leaf, here, None, eqn.primitive.name))
+                reason = sparse_product(eqn, inputs)
+                why = f" ({reason})" if isinstance(reason, str) and reason else ""
+                found.append(Use(k.leaf, here, None, f"{eqn.primitive.name}{why}"))
         taken = [k if take else None for k, take in zip(known, takes, strict=True)]
         if not any(taken):
             continue
         if eqn.primitive.name in PRODUCTS:
             product = sparse_product(eqn, inputs)
-            assert product is not None
+            assert not isinstance(product, str)
             leaf = next(k.leaf for k in taken if k is not None)
             lhs, rhs, out = (_compat.shape_of(atom).shape for atom in (*eqn.invars, *eqn.outvars))
             rows = product[0].dims(lhs, rhs, out).rows
@@ -157,23 +158,26 @@ def describe(name: str, weight: SparseWeight, uses: Sequence[Use]) -> WeightRow:
       uses: Its uses.
     """
     pattern, products = weight.pattern, [use for use in uses if use.operation is not None]
-    backends = [use.operation.backend_for(pattern, use.x, *use.dtypes) for use in products if use.operation]
-    backend = weight.backend or (
-        kernels.chosen(pattern, weight.dtype) if not backends else " and ".join(dict.fromkeys(backends))
-    )
+    backends: dict[str, list[Use]] = {}
+    for use in products:
+        assert use.operation is not None
+        backends.setdefault(use.operation.backend_for(pattern, use.x, use.rows, *use.dtypes), []).append(use)
     dense = list(dict.fromkeys(use.primitive for use in uses if use.operation is None))
     said = [f"{' and '.join(dense)} sees the dense weight"] if dense else []
     if not products:
         said.append("no product with it is sparse")
-    if backend == "xla" and products:
+    if "xla" in backends:
         said.append("its products run on the dense weight, made of the entries each time: slower than a dense one")
-    known = [use for use in products if not _compat.is_symbolic(use.rows)]
-    rows = [use.rows for use in known]
-    most = max((use.operation.break_even(pattern, use.rows) for use in known if use.operation), default=1.0)
-    if backend == "native" and pattern.density > most:
+    most = max((_break_even(pattern, use) for use in products), default=1.0)
+    if "unpacked" in backends:
         said.append(
-            f"its products are probably slower than with a dense weight, as they are above {most:.0%} of the entries "
-            f"for {max(rows)} rows: leave it dense"
+            f"its products run on the dense weight, made of the entries each time, as lists are slower still above "
+            f"{most:.0%} of the entries: leave it dense"
+        )
+    if "native" in backends and pattern.density > most:
+        said.append(
+            f"its products are probably slower than with a dense weight, as they are above {most:.0%} of the entries: "
+            "leave it dense"
         )
     return WeightRow(
         name=name,
@@ -181,6 +185,17 @@ def describe(name: str, weight: SparseWeight, uses: Sequence[Use]) -> WeightRow:
         entries=pattern.entries,
         density=pattern.density,
         products=len(products),
-        backend={"native": "native", "tiles": "xla, tiles"}.get(backend, "xla, dense"),
+        backend=" and ".join(dict.fromkeys(map(_label, backends))) or "none",
         warning="; ".join(said),
     )
+
+
+def _break_even(pattern: Pattern, use: Use) -> float:
+    """Return the share of the entries up to which a product is faster than with a dense weight."""
+    if use.operation is None or _compat.is_symbolic(use.rows):
+        return 1.0
+    return use.operation.break_even(pattern, use.rows)
+
+
+def _label(backend: str) -> str:
+    return {"native": "native", "tiles": "xla, tiles", "unpacked": "xla, dense"}.get(backend, "xla, dense")

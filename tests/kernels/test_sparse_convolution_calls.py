@@ -33,6 +33,8 @@ CASES = {
     "depthwise": ((2, 9, 9), 6, 6, {"window": (3, 3), "padding": ((1, 1), (1, 1)), "groups": 6}),
     "cut off": ((2, 10, 11), 3, 4, {"window": (2, 2), "padding": ((-1, -2), (2, -3))}),
     "bands": ((1, 120, 90), 40, 3, {"window": (3, 3), "padding": ((1, 1), (1, 1))}),
+    "several images in a plane": ((40, 4, 4), 5, 6, {"window": (3, 3), "padding": ((1, 1), (1, 1))}),
+    "one large image": ((1, 40, 40), 3, 3, {"window": (5, 3), "padding": ((2, 2), (1, 1))}),
     "one row": ((4, 1, 40), 3, 5, {"window": (1, 5), "padding": ((0, 0), (2, 2))}),
 }
 
@@ -52,11 +54,7 @@ def test_every_instruction_set(number, name, monkeypatch):
     g = normal(2, pixels[0], *geometry.positions(pixels[1:]), features)
     real = calls.call
     monkeypatch.setattr(calls, "call", lambda *args, **options: real(*args, **options | {"instruction_set": number}))
-    got = (
-        kernels.times(x, values, pattern, geometry, backend="native"),
-        kernels.input_gradient(g, values, pattern, geometry, x.shape, backend="native"),
-        kernels.weight_gradient(x, g, pattern, geometry, backend="native"),
-    )
+    got = _all("native", x, g, values, pattern, geometry)
     with jax.enable_x64(True):
         exact = lambda a: jnp.asarray(np.asarray(a), jnp.float64)
         dense = lambda x, w: lax.conv_general_dilated(
@@ -68,15 +66,16 @@ def test_every_instruction_set(number, name, monkeypatch):
     for found, want in zip(got, (y, dx, gathered(pattern, jnp.asarray(np.asarray(dw), F32))), strict=True):
         want = np.asarray(want)
         np.testing.assert_allclose(found, want, rtol=0, atol=1e-5 * np.abs(want).max(initial=1e-30))
-    for ours, reference in zip(got, _by_xla(x, g, values, pattern, geometry), strict=True):
-        np.testing.assert_allclose(ours, reference, rtol=0, atol=2e-5 * np.abs(np.asarray(reference)).max())
+    for backend in ("xla", "unpacked"):
+        for ours, other in zip(got, _all(backend, x, g, values, pattern, geometry), strict=True):
+            np.testing.assert_allclose(ours, other, rtol=0, atol=2e-5 * np.abs(np.asarray(other)).max())
 
 
-def _by_xla(x, g, values, pattern, geometry):
+def _all(backend, x, g, values, pattern, geometry):
     return (
-        kernels.times(x, values, pattern, geometry, backend="xla"),
-        kernels.input_gradient(g, values, pattern, geometry, x.shape, backend="xla"),
-        kernels.weight_gradient(x, g, pattern, geometry, backend="xla"),
+        kernels.times(x, values, pattern, geometry, backend=backend),
+        kernels.input_gradient(g, values, pattern, geometry, x.shape, backend=backend),
+        kernels.weight_gradient(x, g, pattern, geometry, backend=backend),
     )
 
 
@@ -120,8 +119,10 @@ def test_what_is_chosen():
     three = Geometry(window=(3, 3), strides=(1, 1), padding=((1, 1), (1, 1)), dilation=(1, 1))
     assert kernels.break_even(wide) == 0.3
     assert kernels.break_even(PATTERN) == 0.5
-    assert kernels.chosen(wide, three, (2, 8, 8, 128), F32, F32) == "xla"
-    assert kernels.chosen(PATTERN, GEOMETRY, (2, 2**20, 4, 4), F32, F32) == "xla"
+    otherwise = "unpacked" if calls.available() else "xla"
+    assert kernels.chosen(wide, three, (2, 8, 8, 128), F32, F32) == otherwise
+    assert kernels.chosen(PATTERN, GEOMETRY, (2, 2**20, 4, 4), F32, F32) == otherwise
+    assert kernels.chosen(PATTERN, GEOMETRY, (0, 5, 5, 4), F32, F32) == "xla"
     assert kernels.chosen(PATTERN, GEOMETRY, X.shape, jnp.float16, F32) == "xla"
     with pytest.raises(NotImplementedError, match="no images as large as"):
         native_kernels.check_size(GEOMETRY, (2, 2**20, 4, 4), 6)
@@ -176,6 +177,14 @@ def test_patterns_out_of_range(wrong):
         jax.block_until_ready(calls.call("sparse_convolution_gradient", arrays, [((PATTERN.entries,), F32)], **options))
     order = PATTERN.order.at[3].set(wrong if wrong != 16 else PATTERN.entries)
     backward = [VALUES, PATTERN.input_starts, PATTERN.features, order, G]
+    features = [VALUES, PATTERN.input_starts, PATTERN.features.at[3].set(wrong), PATTERN.order, G]
+    with refused():
+        jax.block_until_ready(
+            calls.call("sparse_convolution", features, [((3, 5, 5, 4), F32)], of_gradient=True, **options)
+        )
+    falling = [VALUES, PATTERN.starts.at[2].set(0), *FORWARD[2:]]
+    with refused():
+        jax.block_until_ready(calls.call("sparse_convolution", falling, [OUT], of_gradient=False, **options))
     with refused():
         jax.block_until_ready(
             calls.call("sparse_convolution", backward, [((3, 5, 5, 4), F32)], of_gradient=True, **options)
@@ -184,9 +193,8 @@ def test_patterns_out_of_range(wrong):
 
 @native
 def test_the_same_bits_at_every_call():
-    """Partial sums of dw are as many whatever the threads."""
-    pixels = (37, 6, 6)
-    x, g = normal(3, *pixels, 8), normal(4, 37, 5, 5, 6)
+    """Partial sums of dw are as many whatever the threads, of which there are several for so much work."""
+    x, g = normal(3, 37, 20, 20, 8), normal(4, 37, 19, 19, 6)
     pattern = pattern_of(jnp.asarray(np.random.default_rng(2).random((2, 2, 8, 6)) < 0.5), input_axes=3)
     run = jax.jit(lambda x, g: kernels.weight_gradient(x, g, pattern, GEOMETRY, backend="native"))
     first = np.asarray(run(x, g))

@@ -3,7 +3,8 @@
 | backend | |
 |---|---|
 | native | lists of entries, on a CPU, nothing unfolded: only they are multiplied |
-| xla | the dense kernel, made first; dw is a dense one of which the entries are taken |
+| unpacked | the dense kernel, made of the entries by native code; dw is a dense one of which they are taken |
+| xla | the same, made by XLA |
 
 The pattern is that of the kernel `[*window, channels / groups, features]`, all axes but the last being inputs.
 """
@@ -16,14 +17,13 @@ import jax
 from jaxtyping import Array, Float
 
 from msbp_jax import _compat
-from msbp_jax.kernels import weights
-from msbp_jax.kernels.convolutions import native, xla
+from msbp_jax.kernels.convolutions import native, unpacked, xla
 from msbp_jax.kernels.convolutions.geometry import Geometry as Geometry
 from msbp_jax.kernels.convolutions.geometry import Shape
 from msbp_jax.kernels.native import calls
 from msbp_jax.weights import Pattern
 
-_BACKENDS: Final = {"native": native, "xla": xla}
+_BACKENDS: Final = {"native": native, "unpacked": unpacked, "xla": xla}
 
 # Up to which share of the entries lists are faster than a dense kernel, the better of XLA's two ways to dw, by how many
 # inputs an output has at most (`python -m benchmarks "sparse conv"`): XLA is best where these are many.
@@ -117,25 +117,29 @@ def break_even(pattern: Pattern) -> float:
 
 
 def chosen(pattern: Pattern, geometry: Geometry, shape: Shape, *dtypes: Any) -> str:
-    """Return the backend that runs a convolution of images of this shape with operands of these dtypes here.
-
-    A little above the break-even lists are still faster than a dense kernel that has to be made of the entries.
-    """
-    if _compat.is_symbolic(*shape) or 0 in shape or 0 in geometry.positions(shape[1:-1]):
+    """Return the backend that runs a convolution of images of this shape with operands of these dtypes here."""
+    if _nothing(geometry, shape):
         return "xla"
-    if weights.chosen(pattern, *dtypes) != "native" or pattern.density > break_even(pattern) + 0.04:
+    try:
+        calls.check_dtypes(*dtypes)
+    except NotImplementedError:
         return "xla"
     try:
         native.check_size(geometry, shape, pattern.shape[-1])
     except NotImplementedError:
-        return "xla"
-    return "native"
+        return "unpacked"
+    return "native" if pattern.density <= break_even(pattern) else "unpacked"
+
+
+def _nothing(geometry: Geometry, shape: Shape) -> bool:
+    """Whether there is no work, or nobody knows yet how much."""
+    return _compat.is_symbolic(*shape) or 0 in shape or 0 in geometry.positions(shape[1:-1])
 
 
 def _chosen(
     backend: str | None, pattern: Pattern, geometry: Geometry, shape: Shape, first: jax.Array, second: jax.Array
 ) -> Any:
-    if _compat.is_symbolic(*shape) or 0 in shape or 0 in geometry.positions(shape[1:-1]):
+    if _nothing(geometry, shape):
         return xla
     if backend == "native":
         calls.check(first, second)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-type Shape = tuple[int, ...]
+from msbp_jax.formats import Size
+
+type Shape = tuple[Size, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,9 @@ def check_size(geometry: Geometry, x: Shape, features: int) -> None:
     pitch = x[-2] + 2 * reach[-1] + sum(map(abs, geometry.padding[-1]))
     rows = 1 if len(geometry.window) == 1 else 2 + 2 * reach[0] + sum(map(abs, geometry.padding[0]))
     planes = (x[-1] + features) * math.prod(geometry.strides)
-    if planes * (4 * rows * pitch + 4096) >= _MOST_FLOATS or max(x) >= 2**20:
+    sizes = (*x[1:], features, *geometry.window, *geometry.strides, *geometry.dilation)
+    padding = [abs(pad) for pads in geometry.padding for pad in pads]
+    if planes * (4 * rows * pitch + 4096) >= _MOST_FLOATS or max(*sizes, *padding) >= 2**20:
         raise NotImplementedError(f"the native kernels take no images as large as {x} with such a window")
 
 

@@ -8,6 +8,8 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float
 
+from msbp_jax import _compat
+from msbp_jax.formats import accumulation_dtype
 from msbp_jax.kernels.convolutions.geometry import Geometry, Shape
 from msbp_jax.weights import Pattern, gathered, scattered
 
@@ -20,7 +22,7 @@ def times(
     precision: Any,
 ) -> Float[Array, "images *positions features"]:
     """See `msbp_jax.kernels.convolutions.times`."""
-    return _dense(x, scattered(pattern, values), geometry, precision)
+    return dense(x, scattered(pattern, values), geometry, precision)
 
 
 def input_gradient(
@@ -32,9 +34,7 @@ def input_gradient(
     precision: Any,
 ) -> Float[Array, "images *pixels channels"]:
     """See `msbp_jax.kernels.convolutions.input_gradient`."""
-    w = scattered(pattern, values)
-    of_x = jax.linear_transpose(lambda x: _dense(x, w, geometry, precision), jax.ShapeDtypeStruct(shape, w.dtype))
-    return of_x(g.astype(w.dtype))[0]
+    return dense_input_gradient(g, scattered(pattern, values), geometry, shape, precision)
 
 
 def weight_gradient(
@@ -45,12 +45,33 @@ def weight_gradient(
     precision: Any,
 ) -> Float[Array, " entries"]:
     """See `msbp_jax.kernels.convolutions.weight_gradient`."""
-    kernel = jax.ShapeDtypeStruct(pattern.shape, x.dtype)
-    of_w = jax.linear_transpose(lambda w: _dense(x, w, geometry, precision), kernel)
-    return gathered(pattern, of_w(g.astype(x.dtype))[0])
+    return gathered(pattern, dense_weight_gradient(x, g, pattern.shape, geometry, precision))
 
 
-def _dense(x: jax.Array, w: jax.Array, geometry: Geometry, precision: Any) -> jax.Array:
+def dense(x: jax.Array, w: jax.Array, geometry: Geometry, precision: Any) -> jax.Array:
+    """Return the convolution in the dtype of its sums."""
+    return _convolution(x, w, geometry, precision, accumulation_dtype(x.dtype, w.dtype))
+
+
+def dense_input_gradient(
+    g: jax.Array, w: jax.Array, geometry: Geometry, shape: Shape, precision: Any
+) -> Float[Array, "images *pixels channels"]:
+    """Return the gradient of images of a shape, in the dtype of `g`, which is that of the sums if one was asked for."""
+    w = w.astype(g.dtype)
+    images = _compat.typed_like(w, shape, w.dtype)
+    return jax.linear_transpose(lambda x: _convolution(x, w, geometry, precision, None), images)(g)[0]
+
+
+def dense_weight_gradient(
+    x: jax.Array, g: jax.Array, shape: Shape, geometry: Geometry, precision: Any
+) -> Float[Array, ...]:
+    """Return the gradient of a kernel of a shape, in the dtype of `g`, as that of the images is."""
+    x = x.astype(g.dtype)
+    kernel = _compat.typed_like(x, shape, x.dtype)
+    return jax.linear_transpose(lambda w: _convolution(x, w, geometry, precision, None), kernel)(g)[0]
+
+
+def _convolution(x: jax.Array, w: jax.Array, geometry: Geometry, precision: Any, dtype: Any) -> jax.Array:
     pixels = "HW"[: len(geometry.window)]
     return lax.conv_general_dilated(
         x,
@@ -61,4 +82,5 @@ def _dense(x: jax.Array, w: jax.Array, geometry: Geometry, precision: Any) -> ja
         dimension_numbers=(f"N{pixels}C", f"{pixels}IO", f"N{pixels}C"),
         feature_group_count=geometry.groups,
         precision=precision,
+        preferred_element_type=dtype,
     )

@@ -53,8 +53,8 @@ SPLITS = {
     "native entries grad_weight": Split("{rows} n, s, {rows} m -> a b"),
     "native weight_times": Split("a, b, c, d, {rows} m -> {rows} n"),
     "native weight_gradient": Split("{rows} m, {rows} n, a, b -> c"),
-    "native sparse_convolution": Split("a, b, c, d, {rows} h w m -> {rows} i j n"),
-    "native sparse_convolution_gradient": Split("{rows} h w m, {rows} i j n, a, b -> c"),
+    "native sparse_convolution": Split("a, b, c, d, {rows} h w m -> {rows} p q n"),
+    "native sparse_convolution_gradient": Split("{rows} h w m, {rows} p q n, a, b -> c"),
     "native rows grad_weight": Split("{rows} n, {rows}, {rows} m -> a b"),
 }
 

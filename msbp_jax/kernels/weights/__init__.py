@@ -3,11 +3,12 @@
 | backend | |
 |---|---|
 | native | lists of entries, on a CPU: only they are multiplied |
+| unpacked | the dense weight, made of the entries by native code; dw is a dense product of which they are taken |
 | tiles | blocks of entries, as small dense products of XLA's: on accelerators |
 | xla | the dense weight, made first; dw is a dense product of which the entries are taken |
 
-The native one is taken below `LISTS_BELOW`, tiles where there are blocks, down to 8 x 8, on a GPU or TPU; elsewhere the
-dense products run.
+On a CPU the native one is taken up to the share of entries where it is measured to be faster, and "unpacked" above
+that; on a GPU or TPU tiles, where there are blocks, down to 8 x 8. Elsewhere the dense products run.
 """
 
 from __future__ import annotations
@@ -20,14 +21,11 @@ from jaxtyping import Array, Float
 from msbp_jax import _compat
 from msbp_jax.kernels.choice import target
 from msbp_jax.kernels.native import calls
-from msbp_jax.kernels.weights import native, tiles, xla
+from msbp_jax.kernels.weights import native, tiles, unpacked, xla
 from msbp_jax.weights import Pattern
 
-_BACKENDS: Final = {"native": native, "tiles": tiles, "xla": xla}
+_BACKENDS: Final = {"native": native, "unpacked": unpacked, "tiles": tiles, "xla": xla}
 
-# Share of the entries below which lists are faster than dense products of a weight that must be made first: at a half
-# of the entries they are, for all shapes of `python -m benchmarks weights`.
-LISTS_BELOW: Final = 0.7
 # Up to which share of the entries lists are faster than products with a weight that is dense, by rows of the input.
 _BREAK_EVEN: Final = ((256, 0.33), (64, 0.25), (0, 0.12))
 
@@ -91,9 +89,9 @@ def native_is_available() -> bool:
     return calls.available()
 
 
-def chosen(pattern: Pattern, *dtypes: Any) -> str:
-    """Return the backend that runs products of operands of these dtypes here."""
-    if pattern.density >= LISTS_BELOW:
+def chosen(pattern: Pattern, rows: Any, *dtypes: Any) -> str:
+    """Return the backend that runs products of so many rows and operands of these dtypes here."""
+    if _compat.is_symbolic(rows):
         return "xla"
     if target.platform() != "cpu" and pattern.block is not None and min(pattern.block) >= 8:
         return "tiles"
@@ -101,7 +99,7 @@ def chosen(pattern: Pattern, *dtypes: Any) -> str:
         calls.check_dtypes(*dtypes)
     except NotImplementedError:
         return "xla"
-    return "native"
+    return "native" if pattern.density <= break_even(rows) else "unpacked"
 
 
 def _chosen(backend: str | None, pattern: Pattern, first: jax.Array, second: jax.Array) -> str:
@@ -109,4 +107,4 @@ def _chosen(backend: str | None, pattern: Pattern, first: jax.Array, second: jax
         return "xla"
     if backend == "native":
         calls.check(first, second)
-    return backend or chosen(pattern, first.dtype, second.dtype)
+    return backend or chosen(pattern, first.shape[0], first.dtype, second.dtype)
