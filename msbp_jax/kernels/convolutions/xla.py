@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -58,8 +60,7 @@ def dense_input_gradient(
 ) -> Float[Array, "images *pixels channels"]:
     """Return the gradient of images of a shape, in the dtype of `g`, which is that of the sums if one was asked for."""
     w = w.astype(g.dtype)
-    images = _compat.typed_like(w, shape, w.dtype)
-    return jax.linear_transpose(lambda x: _convolution(x, w, geometry, precision, None), images)(g)[0]
+    return _pulled_back(lambda x: _convolution(x, w, geometry, precision, None), shape, w, g)
 
 
 def dense_weight_gradient(
@@ -67,8 +68,14 @@ def dense_weight_gradient(
 ) -> Float[Array, ...]:
     """Return the gradient of a kernel of a shape, in the dtype of `g`, as that of the images is."""
     x = x.astype(g.dtype)
-    kernel = _compat.typed_like(x, shape, x.dtype)
-    return jax.linear_transpose(lambda w: _convolution(x, w, geometry, precision, None), kernel)(g)[0]
+    return _pulled_back(lambda w: _convolution(x, w, geometry, precision, None), shape, x, g)
+
+
+def _pulled_back(linear: Callable[[jax.Array], jax.Array], shape: Shape, like: jax.Array, g: jax.Array) -> jax.Array:
+    """Return the gradient at the argument of a linear function, which varies over mesh axes as another array does."""
+    anywhere = _compat.varying_like(jnp.zeros(shape, like.dtype), like)
+    found: jax.Array = jax.vjp(linear, anywhere)[1](g)[0]
+    return found
 
 
 def _convolution(x: jax.Array, w: jax.Array, geometry: Geometry, precision: Any, dtype: Any) -> jax.Array:
