@@ -4,7 +4,7 @@
 |---|---|---|---|
 | mlp | 784-1024-1024-10 on MNIST, batch 128 | SGD 0.1, momentum 0.9, cosine | 10 % of hidden kernels |
 | nerva | 3072-1024-512-10 on CIFAR-10, batch 100 | the same | the same |
-| cnn | residual blocks of 32, 64, 128 channels, CIFAR-10, batch 128 | the same, and decay 5e-4 | 5 % of the blocks |
+| cnn | residual blocks of 32, 64, 128 channels, CIFAR-10, batch 128 | the same, and decay 5e-4 | 5 % of each of the blocks |
 
 Images of CIFAR-10 are shifted and mirrored, anew in every epoch. The CNN has batch norm; its stem, its projections
 (1 x 1) and all last layers are dense.
@@ -31,7 +31,7 @@ HIDDEN = ("Dense_0/kernel", "Dense_1/kernel")
 
 
 class Residual(nn.Module):
-    """A stem, and a block of two convolutions for each number of channels; all but the first halve the image."""
+    """A stem, and a block of two convolutions for each number of channels; all but the first block halve the image."""
 
     channels: tuple[int, ...] = (32, 64, 128)
 
@@ -40,7 +40,7 @@ class Residual(nn.Module):
         """Return logits `[batch, 10]`."""
         norm = lambda x: nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
         conv = lambda size, width, strides, name: nn.Conv(width, (size, size), strides, use_bias=False, name=name)
-        x = nn.relu(norm(conv(3, self.channels[0], 1, "stem")(x)))
+        x = nn.relu(norm(conv(3, self.channels[0], 2, "stem")(x)))
         for at, width in enumerate(self.channels):
             strides = 1 if at == 0 else 2
             y = nn.relu(norm(conv(3, width, strides, f"block{at}_first")(x)))
@@ -64,6 +64,7 @@ class Task:
       density: Share of the entries that sparse weights have in the end, of all together.
       include: Which weights are sparse, as for `msbp.prune`.
       input_axes: As for `msbp.prune`.
+      scope: As for `msbp.prune`.
       rate: Of learning, at the start.
       decay: Of kernels.
       moved: Whether images are shifted and mirrored.
@@ -80,6 +81,7 @@ class Task:
     density: float = 0.1
     include: tuple[str, ...] = HIDDEN
     input_axes: Mapping[str, int] | None = None
+    scope: str = "erdos_renyi"
     rate: float = 0.1
     decay: float = 0.0
     moved: bool = False
@@ -95,7 +97,7 @@ class Task:
     @property
     def pruning(self) -> dict[str, Any]:
         """What `msbp.prune` and `msbp.gradual_pruning` are told: all methods end with as many entries of a layer."""
-        return {"include": self.include, "input_axes": self.input_axes, "scope": "erdos_renyi"}
+        return {"include": self.include, "input_axes": self.input_axes, "scope": self.scope}
 
     def optimizer(self) -> optax.GradientTransformation:
         """Return the optimizer."""
@@ -166,6 +168,7 @@ def _cnn(folder: pathlib.Path | None) -> Task:
         density=0.05,
         include=("block*/kernel",),
         input_axes={"block*/kernel": 3},
+        scope="layer",
         decay=5e-4,
         moved=folder is not None,
         convolutions=True,

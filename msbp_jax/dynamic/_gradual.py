@@ -45,10 +45,11 @@ def gradual_pruning(
         d(t) = density + (initial_density - density) (1 - (t - begin) / (end - begin))^3
         t = begin, begin + every, .., end
 
-    Leaves become shorter, so `update` runs outside of `jit`, after the compiled step, and that is compiled once a
-    stage. Until the first stage variables may be dense; weights, and moments with them, are then gathered as
-    `msbp.prune` does. SparseProp's schedule, for E steps an epoch, is `begin=10 E, end=80 E, every=10 E,
-    initial_density=0.95`, in 100 epochs.
+    A leaf of entries has one axis, from the first stage on: a mask of weight decay by `ndim` loses its kernels
+    there; make it by path. Leaves become shorter, so `update` runs outside of `jit`, after the compiled step, and
+    that is compiled once a stage. Until the first stage variables may be dense; weights, and moments with them, are
+    then gathered as `msbp.prune` does. SparseProp's schedule, for E steps an epoch, is `begin=10 E, end=80 E,
+    every=10 E, initial_density=0.95`, in 100 epochs.
 
     Args:
       density: Share of the entries that is kept in the end.
@@ -175,6 +176,8 @@ class GradualPruning(SparsitySchedule):
             pruned, _ = _shrink.shrunk(variables, [], tried, self.options)
             return list(patterns_of(pruned))
         include = self.options["include"]
+        if isinstance(include, str):
+            raise TypeError(f"include takes a list of patterns, got the string {include!r}. Write [{include!r}].")
         names = [name for name in patterns if include is None or any(fnmatch.fnmatchcase(name, p) for p in include)]
         for pattern in include or ():
             if not any(fnmatch.fnmatchcase(name, pattern) for name in patterns):
@@ -184,7 +187,11 @@ class GradualPruning(SparsitySchedule):
                 "These variables are sparse already, and their patterns say what is stacked, which axes are inputs and "
                 "what comes in blocks: leave out stacked=, input_axes= and block=."
             )
+        if not names:
+            raise ValueError("include=[] names no weight: leave it out for all that are sparse.")
         _shrink.check_capacity(patterns, names, next(iter(self.stages.values())), self.options["scope"])
+        if self.options["scope"] != "global":  # which are the largest of all is not known before
+            _shrink.shrunk(variables, names, last, self.options)
         return names
 
 

@@ -1,7 +1,8 @@
 """What an optimizer holds in the shape of a sparse weight: where it is, so that it can follow the weight.
 
 `optax.tree_utils.tree_map_params` tells, of every leaf of a state, which parameter it belongs to: through chains,
-masks, partitions, injected hyperparameters and accumulated gradients.
+masks, partitions, injected hyperparameters and accumulated gradients. It gives `tx.init` a placeholder, which a
+user's own function of the parameters, one that labels them say, does not take; then it is told by shapes.
 """
 
 from __future__ import annotations
@@ -69,24 +70,47 @@ def owners(tx: Any, opt_state: Any, params: Any, moving: Mapping[str, Any]) -> l
             tx, found, opt_state, named, transform_non_params=lambda _: _Found(), is_leaf=_is_masked
         )
         alike = _structure(marked) == _structure(opt_state)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(_NOT_OF_TX) from error
+        leaves = jax.tree.leaves(marked)
+    except (TypeError, ValueError, AttributeError, AssertionError):
+        alike, leaves = _by_shape(tx, opt_state, params, named, found)
     if not alike:
         raise ValueError(_NOT_OF_TX)
-    leaves = jax.tree.leaves(marked)
     if wrong := [leaf.error for leaf in leaves if leaf.error]:
         raise ValueError(
             wrong[0] + "it is the state of another stage, or one that does not go entry by entry, as factors "
-            "(Adafactor) and histories (L-BFGS) are. Restore both of one step, or take an optimizer whose moments have "
-            "the shape of their parameter."
+            "(Adafactor), histories (L-BFGS) and flattened parameters (optax.flatten) do not. Restore both of one "
+            "step, or take an optimizer whose moments have the shape of their parameter."
         )
     return [leaf.name for leaf in leaves]
 
 
+def _by_shape(
+    tx: Any, opt_state: Any, params: Any, named: Any, found: Callable[[Any, _Owner], _Found]
+) -> tuple[bool, list[_Found]]:
+    """Return whether a state is of these parameters, and what its leaves are: those that grow where a weight does."""
+    new = jax.eval_shape(tx.init, params)
+    if _structure(new) != _structure(opt_state):
+        return False, []
+    before, leaves = jax.tree.leaves(new), jax.tree.leaves(opt_state)
+    marked = [_Found() for _ in leaves]
+    for owner in jax.tree.leaves(named):
+        if found(np.zeros(owner.shape, bool), owner).name is None:
+            continue
+        longer = lambda leaf, of, owner=owner: (
+            jax.ShapeDtypeStruct((*of.shape[:-1], of.shape[-1] + 1), leaf.dtype) if of is owner else leaf
+        )
+        after = jax.tree.leaves(jax.eval_shape(tx.init, jax.tree.map(longer, params, named)))
+        if len(after) != len(before):
+            return False, []
+        for number, (old, grown) in enumerate(zip(before, after, strict=True)):
+            if old.shape != grown.shape:
+                marked[number] = found(leaves[number], owner)
+    return True, marked
+
+
 _NOT_OF_TX = (
-    "The optimizer's state is not one that tx.init makes of these parameters, or not parameter by parameter (as under "
-    "optax.flatten), so that its moments cannot follow their weights. Expected the state of "
-    'tx.init(variables["params"]), and the same tx.'
+    "The optimizer's state is not one that tx.init makes of these parameters, so that its moments cannot follow their "
+    'weights. Expected the state of tx.init(variables["params"]), and the same tx.'
 )
 
 
@@ -123,7 +147,8 @@ def check_like_new(tx: Any, opt_state: Any, params: Any) -> None:
     raise ValueError(
         f"Of sparse weights this optimizer has another state than of dense ones, at {where}: "
         "it treats parameters by their shape, as Adafactor and Muon do, so that moments cannot follow. Take one that "
-        "does not, or make it anew at the stage, tx.init(variables['params']), without a schedule's update."
+        "does not, or begin it anew at the stage: variables, _, state = schedule.update(optax.identity(), variables, "
+        "optax.identity().init(None), state), and then tx.init(variables['params'])."
     )
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from msbp_jax.kernels import places
 from msbp_jax.weights import Pattern
 
 
@@ -55,13 +56,13 @@ def replaced(
         codes = jnp.where(features < n, features * m + pattern.inputs, m * n)
         is_entry = codes < m * n
         count = count if regrow else jnp.minimum(count, free)
-        magnitudes = jnp.where(is_entry, jnp.abs(values).astype(jnp.float32), jnp.inf)
-        dropped = _ranks(magnitudes) < count
-        taken = codes if not regrow else jnp.where(dropped, m * n, codes)
+        dropped = _smallest(values, is_entry, count)
         flat = scores.reshape(m, n).T.reshape(-1).astype(jnp.float32)
-        flat = jnp.where(jnp.isfinite(flat), flat, 0.0).at[taken].set(-1.0, mode="drop")
-        best = jax.lax.top_k(flat, min(entries, m * n))[1].astype(jnp.int32)
-        grown = jnp.where(jnp.arange(len(best), dtype=jnp.int32) < count, best, m * n)
+        # What is worth nothing is no better than what was there: then an entry that was dropped comes back.
+        worth = jnp.where(jnp.isfinite(flat) & (flat > 0), flat, -1.0 if regrow else 0.0)
+        own = worth.at[codes].get(mode="fill", fill_value=-1.0)
+        again = jnp.where(dropped, jnp.maximum(own, 0.0), -1.0) if regrow else -1.0
+        grown = places.largest(worth.at[codes].set(again, mode="drop"), count, entries)
         at = jnp.minimum(jnp.searchsorted(codes, grown), entries - 1).astype(jnp.int32)
         regrown = jnp.where((codes[at] == grown) & (grown < m * n), at, entries)
         both = jnp.concatenate([jnp.where(dropped, m * n, codes), grown])
@@ -91,12 +92,15 @@ def _by_layers(function: Callable[..., Any], pattern: Pattern) -> Callable[..., 
     return function
 
 
-def _ranks(scores: jax.Array) -> jax.Array:
-    """Return the rank of each score, the smallest first, ties to the first."""
-    order = jnp.argsort(scores, stable=True)
-    return (
-        jnp.zeros(len(scores), jnp.int32).at[order].set(jnp.arange(len(scores), dtype=jnp.int32), unique_indices=True)
-    )
+def _smallest(values: jax.Array, among: jax.Array, count: jax.Array) -> jax.Array:
+    """Return a mask of the values of smallest magnitude, ties to the first; what is no number counts as the largest."""
+    limit = jnp.float32(jnp.finfo(jnp.float32).max)
+    magnitudes = jnp.nan_to_num(jnp.minimum(jnp.abs(values).astype(jnp.float32), limit), nan=limit)
+    # Floats that are not negative are ordered as their bits are: turned around, the smallest is the largest.
+    bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)
+    turned = jax.lax.bitcast_convert_type(bits(limit) - bits(magnitudes), jnp.float32)
+    at = places.largest(jnp.where(among, turned, -1.0), count, len(values))
+    return jnp.zeros(len(values), bool).at[at].set(True, mode="drop")
 
 
 def _pattern(old: Pattern, codes: jax.Array) -> Pattern:

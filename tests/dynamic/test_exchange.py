@@ -237,6 +237,29 @@ def test_gradients_that_are_not_finite_choose_nothing():
     assert np.argwhere(np.asarray(found["sparsity"]["params"].mask()))[0].tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("worth", [0.0, np.nan, np.inf])
+def test_where_nothing_has_a_gradient_nothing_changes(worth):
+    """What was dropped comes back, and places at the beginning are not preferred."""
+    w = jnp.arange(1.0, 13.0).reshape(3, 4)
+    sparse = msbp.prune({"params": w}, masks=np.asarray(w) > 8)
+    schedule, tx = msbp.rigl(every=1, until=9, fraction=lambda step: 0.5), optax.sgd(0.1, momentum=0.9)
+    opt_state = jax.tree.map(jnp.ones_like, tx.init(sparse["params"]))
+    grads = jnp.full((3, 4), worth)
+    found, moved, _ = schedule.update(tx, sparse, opt_state, schedule.init(sparse), lambda dense: grads)
+    jax.tree.map(np.testing.assert_array_equal, (found, moved), (dict(sparse), opt_state))
+
+
+def test_weights_that_are_not_numbers_stay():
+    """And padding of a stacked layer never takes their place."""
+    w = jnp.stack([jnp.arange(1.0, 13.0).reshape(3, 4), jnp.ones((3, 4))]).at[0, 2, 3].set(jnp.nan)
+    masks = np.stack([np.arange(12).reshape(3, 4) > 4, np.arange(12).reshape(3, 4) > 2])
+    sparse = msbp.prune({"params": w}, masks=masks, stacked=["*"])
+    schedule, tx = msbp.sparse_evolution(every=1, fraction=1.0), optax.sgd(0.1)
+    state = schedule.init(sparse, jax.random.key(0))
+    found, _, _ = schedule.update(tx, sparse, tx.init(sparse["params"]), state)
+    assert found["sparsity"]["params"].mask().sum(axis=(1, 2)).tolist() == [7, 9]
+
+
 def test_what_was_dropped_may_grow_again_and_stays():
     """As in the authors' code: the largest gradient is that of the smallest weight."""
     w = jnp.arange(1.0, 13.0).reshape(3, 4)

@@ -1,5 +1,6 @@
 """What optimizers hold follows the weights, in whatever they are wrapped; what cannot follow is refused by name."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +23,18 @@ OPTIMIZERS = {
     "masked": optax.masked(optax.adam(1e-3), DECAYED),
     "masked by a tree": optax.masked(optax.adam(1e-3), {"a": {"kernel": True, "bias": False}, "b": False}),
     "multi_transform": optax.multi_transform({"adam": optax.adam(1e-3), "sgd": optax.sgd(0.1, momentum=0.9)}, LABELS),
+    "labels by a function of paths": optax.partition(
+        {"adam": optax.adam(1e-3), "sgd": optax.sgd(0.1, momentum=0.9)},
+        lambda params: flax.traverse_util.path_aware_map(
+            lambda path, _: "adam" if path[-1] == "kernel" else "sgd", params
+        ),
+    ),
+    "labels by a function of a dict": optax.chain(
+        optax.partition(
+            {"a": optax.adam(1e-3), "b": optax.sgd(0.1)}, lambda params: {name: name for name, _ in params.items()}
+        ),
+        optax.ema(0.9),
+    ),
     "inject_hyperparams": optax.inject_hyperparams(optax.adam)(learning_rate=1e-3),
     "apply_if_finite": optax.apply_if_finite(optax.adam(1e-3), 3),
     "MultiSteps": optax.MultiSteps(optax.adam(1e-3), 4),
@@ -136,7 +149,7 @@ def test_a_state_of_something_else_is_refused():
     with pytest.raises(ValueError, match=r"not one that tx.init makes of these parameters"):
         schedule.update(tx, variables, (adam[0]._replace(count={"a": 1, "b": 2}), *adam[1:]), state)
     flat = optax.flatten(tx)
-    with pytest.raises(ValueError, match=r"or not parameter by parameter \(as under optax.flatten\)"):
+    with pytest.raises(ValueError, match=r"flattened parameters \(optax.flatten\)"):
         schedule.update(flat, variables, flat.init(variables["params"]), state)
     with pytest.raises(TypeError, match=r"takes the optimizer first, an optax.GradientTransformation"):
         schedule.update(variables, variables, tx.init(variables["params"]), state)
