@@ -4,7 +4,7 @@
 |---|---|---|---|
 | mlp | 784-1024-1024-10 on MNIST, batch 128 | SGD 0.1, momentum 0.9, cosine | 10 % of hidden kernels |
 | nerva | 3072-1024-512-10 on CIFAR-10, batch 100 | the same | the same |
-| cnn | residual blocks of 32, 64, 128 channels, CIFAR-10, batch 128 | the same, and decay 5e-4 | 5 % of each of the blocks |
+| cnn | residual blocks of 32, 64, 128 channels, CIFAR-10, batch 128 | the same, and decay 5e-4 | 5 % of each block |
 
 Images of CIFAR-10 are shifted and mirrored, anew in every epoch. The CNN has batch norm; its stem, its projections
 (1 x 1) and all last layers are dense.

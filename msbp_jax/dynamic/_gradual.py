@@ -12,6 +12,7 @@ import numpy as np
 
 from msbp_jax import _checks, _compat
 from msbp_jax.dynamic import _shrink
+from msbp_jax.dynamic._like import pruned_shapes, resized
 from msbp_jax.dynamic._moments import check_like_new, moved
 from msbp_jax.dynamic._schedule import (
     DenseGradFn,
@@ -66,7 +67,8 @@ def gradual_pruning(
 
     Returns:
       A schedule. Its `init` takes variables, dense or sparse, and no key; `due(state)` says, as a bool, whether the
-      next `update` prunes, and `density(step)` what a stage keeps: prune to it what a checkpoint is restored into.
+      next `update` prunes, `density(step)` what a stage keeps, and `like(variables, state)` how large the variables of
+      a stage are, which a checkpoint is restored into.
 
     Raises:
       TypeError: A number of steps that is not whole, or a density that is no number.
@@ -163,6 +165,16 @@ class GradualPruning(SparsitySchedule):
             check_like_new(tx, opt_state, new["params"])
         entries: dict[str, Any] = {n: np.asarray(size, np.int32) for n, size in sizes_of(new, state.entries).items()}
         return new, opt_state, SparsityState(count, entries)
+
+    def like(self, variables: Mapping[str, Any], state: SparsityState) -> dict[str, Any]:
+        """Return shapes and dtypes of the variables of a stage; see `SparsitySchedule.like`."""
+        step = _number(state.step)
+        if step < next(iter(self.stages)):
+            return super().like(variables, state)
+        begun = variables if patterns_of(variables) else pruned_shapes(variables, self.density(step), self.options)
+        patterns = {name: pattern for name, pattern in patterns_of(begun).items() if name in state.entries}
+        found: dict[str, Any] = resized(begun, patterns, {name: int(count) for name, count in state.entries.items()})
+        return found
 
     def _names(self, variables: Mapping[str, Any]) -> list[str]:
         """Return the weights that are pruned.

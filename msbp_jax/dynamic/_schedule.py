@@ -109,6 +109,18 @@ class SparsitySchedule(abc.ABC):
             follow.
         """
 
+    def like(self, variables: Mapping[str, Any], state: SparsityState) -> dict[str, Any]:
+        """Return shapes and dtypes of the variables that a state is of: what a checkpoint is restored into.
+
+        The state is restored first; its own shapes are those of `init`.
+
+        Args:
+          variables: As training began with; their numbers do not matter.
+          state: Of the schedule.
+        """
+        del state
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.asarray(leaf).dtype), dict(variables))
+
     def check(self, variables: Mapping[str, Any], state: SparsityState) -> None:
         """Raise unless variables and state are of one stage; for what was restored, outside of `jit`.
 

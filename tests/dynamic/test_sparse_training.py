@@ -76,43 +76,60 @@ SCHEDULES = {
     "set": msbp.sparse_evolution(every=2),
     "static": msbp.static_sparsity(),
     "gradual": msbp.gradual_pruning(stages={2: 0.5, 4: 0.3}),
+    "global": msbp.gradual_pruning(stages={2: 0.5, 4: 0.3}, scope="global"),
+    "sparser": msbp.gradual_pruning(stages={2: 0.5, 4: 0.3}),  # of variables that are sparse already
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_a_run_that_was_stopped_in_a_stage_has_the_same_bits(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "stop"),
+    [
+        ("rigl", 3),
+        ("set", 3),
+        ("static", 3),
+        *(("gradual", stop) for stop in (1, 2, 3, 5)),
+        ("global", 3),
+        ("sparser", 3),
+    ],
+)
+def test_a_run_that_was_stopped_in_a_stage_has_the_same_bits(name, stop, tmp_path):
     schedule, tx = SCHEDULES[name], optax.sgd(0.1, momentum=0.9)
     x, y = jax.random.normal(KEY, (16, 12)), jnp.arange(16) % 10
-    run, dense = Run(schedule, tx, MLP(), x, y), MLP().init(KEY, x)
+    run = Run(schedule, tx, MLP(), x, y)
     key = KEY if name == "set" else None
-    begin = lambda: dense if name == "gradual" else msbp.prune(dense, density=0.2)
-    carry, stop = run.start(begin(), key), 3
+
+    def begin(seed):
+        dense = MLP().init(jax.random.key(seed), x)
+        return dense if name in ("gradual", "global") else msbp.prune(dense, density=0.6 if name == "sparser" else 0.2)
+
+    carry = run.start(begin(0), key)
     for number in range(1, 7):
         carry = run.step(*carry)
         if number == stop:
             saved = dict(zip(("variables", "opt_state", "state"), carry, strict=True))
             with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(tmp_path / "at", saved)
+                checkpointer.save(tmp_path / "state", saved.pop("state"))
+                checkpointer.save(tmp_path / "rest", saved)
     if name == "gradual":
         assert run.compiled._cache_size() == 3  # dense, and two stages
-    # Another process would know the model, and of the stage its density.
-    blank = jax.tree.map(jnp.zeros_like, MLP().init(jax.random.key(9), x))
-    density = schedule.density(stop) if name == "gradual" else 0.2
-    variables = msbp.prune(blank, density=density)
-    state = schedule.init(blank if name == "gradual" else variables, key)
-    blank = {"variables": variables, "opt_state": tx.init(variables["params"]), "state": state}
+    # Another process knows the model, and not its numbers.
+    other = begin(9)
     with ocp.StandardCheckpointer() as checkpointer:
-        back = checkpointer.restore(tmp_path / "at", jax.tree.map(ocp.utils.to_shape_dtype_struct, blank))
-    again = back["variables"], back["opt_state"], back["state"]
+        abstract = lambda tree: jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+        state = checkpointer.restore(tmp_path / "state", abstract(schedule.init(other, key)))
+        variables = schedule.like(other, state)
+        rest = {"variables": variables, "opt_state": jax.eval_shape(tx.init, variables["params"])}
+        back = checkpointer.restore(tmp_path / "rest", rest)
+    again = back["variables"], back["opt_state"], state
     schedule.check(again[0], again[2])
     assert int(again[2].step) == stop
     for _ in range(stop, 6):
         again = run.step(*again)
     assert_trees_equal(bits(again), bits(carry))
-    if name == "gradual":
+    if name == "gradual" and stop == 3:
         later = msbp.prune(MLP().init(KEY, x), density=0.2)
         with pytest.raises(ValueError, match=r"Dense_0/kernel has 58 entries, and the state at step 3 .* with 144"):
-            schedule.check(later, back["state"])
+            schedule.check(later, state)
 
 
 def test_rigl_learns_digits_where_a_random_pattern_stays_behind():

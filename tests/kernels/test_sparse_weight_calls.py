@@ -7,7 +7,9 @@ import pytest
 from test_native import native
 
 from msbp_jax.kernels.native import calls
+from msbp_jax.kernels.weights.unpacked import packed, unpacked
 from msbp_jax.testing import random_gradient
+from msbp_jax.weights import gathered, pattern_of, scattered
 
 F32 = jnp.float32
 
@@ -121,9 +123,40 @@ def test_an_order_out_of_range():
         ("weight_gradient", [X, G, ints(STARTS)[:3], ints(INPUTS)], ((4,), F32)),
         ("weight_gradient", [X, G[:5], ints(STARTS), ints(INPUTS)], ((4,), F32)),
         ("weight_gradient", [X, G, ints(STARTS), ints(INPUTS)], ((5,), F32)),
+        ("unpack", [VALUES, ints(STARTS), ints(INPUTS), ints(INPUTS)], ((4, 5), F32)),
+        ("unpack", [VALUES, ints(STARTS), ints(INPUTS)[:3], ints(INPUTS)], ((3, 5), F32)),
+        ("unpack", [VALUES, ints(STARTS), ints(INPUTS), ints(INPUTS)], ((3, 5), jnp.bfloat16)),
+        ("pack", [G[:3], ints(STARTS), ints(INPUTS), ints(INPUTS).astype(F32)], ((4,), F32)),
+        ("pack", [G[:4], ints(STARTS), ints(INPUTS), ints(INPUTS)], ((4,), F32)),
     ],
 )
 def test_handlers_refuse_what_does_not_fit(name, arrays, result):
     options = {"ordered": False} if name == "weight_times" else {}
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"msbp_jax: .* must (be|have) "):
         jax.block_until_ready(calls.call(name, arrays, [result], **options))
+
+
+@native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dense_weights_of_entries_and_back(dtype):
+    """Bit for bit, in stacked layers, and 0 for what is there to make patterns equally long."""
+    mask = np.random.default_rng(0).random((2, 70, 33)) < 0.3
+    mask[1, 5:9] = False
+    pattern = pattern_of(mask, stacked=1)
+    values = jax.random.normal(jax.random.key(0), pattern.inputs.shape).astype(dtype)
+    values = gathered(pattern, scattered(pattern, values))  # padding is 0
+    dense = jax.vmap(unpacked)(values, pattern)
+    np.testing.assert_array_equal(dense, scattered(pattern, values))
+    np.testing.assert_array_equal(jax.vmap(packed)(dense, pattern), values)
+    assert dense.dtype == values.dtype
+
+
+@native
+def test_patterns_out_of_range_are_not_unpacked():
+    for features, order in (([0, 3, 1, 5], INPUTS), ([0, -1, 1, 2], INPUTS), (INPUTS, [0, 1, 2, 4])):
+        for name, arrays, result in (
+            ("unpack", [VALUES], ((3, 5), F32)),
+            ("pack", [jnp.ones((3, 5))], ((4,), F32)),
+        ):
+            with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="a pattern's indices must be in range"):
+                jax.block_until_ready(calls.call(name, [*arrays, ints(STARTS), ints(features), ints(order)], [result]))

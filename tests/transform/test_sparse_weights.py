@@ -93,10 +93,10 @@ def test_every_way_to_multiply(rows, m, n, share, way, seed):
     SHARP(dx, want_dx)
 
 
-@pytest.mark.parametrize("backend", ["native", "xla"])
+@pytest.mark.parametrize("backend", ["native", "unpacked", "xla"])
 @pytest.mark.parametrize("turned", [False, True])
 def test_backends_against_float64(backend, turned):
-    if backend == "native" and "native" not in msbp.backends()["select"]:
+    if backend != "xla" and "native" not in msbp.backends()["select"]:
         pytest.skip("the native kernels were not built")
     w, x, g = random_gradient(0, 33, 50), random_gradient(1, 21, 50 if turned else 33), random_gradient(2, 21, 50)
     sparse = msbp.prune({"params": {"w": w}}, density=0.2, include=["w"])
