@@ -76,8 +76,7 @@ void weights_once(const Kernels& kernels, Pool& pool) {
   for (int64_t e = 0; e < entries; ++e) demand(near(out_w[e], dw[e], dw_scale), "weight_gradient", kernels, sizes);
   Block<float> whole(new float[m * n]), taken(new float[entries]);
   const Array plain(entries, false, 0);
-  DenseWeight u{pattern.starts_by_input.get(), pattern.features.get(), pattern.order.get(), plain.data(), false, m, n,
-                entries, whole.get()};
+  DenseWeight u{pattern.starts.get(), pattern.inner.get(), plain.data(), false, m, n, entries, whole.get()};
   demand(kernels.unpack(u, pool), "a pattern to unpack", kernels, sizes);
   for (int64_t i = 0; i < m * n; ++i)
     demand(whole[i] == (number[i] < 0 ? 0.0f : plain.exact[number[i]]), "unpack", kernels, sizes);

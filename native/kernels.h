@@ -104,9 +104,8 @@ struct WeightGradient {
 
 // A dense weight [m, n] and its entries: `in` are entries and `out` the weight, or the other way: see unpack.h.
 struct DenseWeight {
-  const int32_t* starts;    // [m + 1], of the lists of inputs
-  const int32_t* features;  // [entries]
-  const int32_t* order;     // [entries]
+  const int32_t* starts;  // [n + 1], of the lists of features
+  const int32_t* inputs;  // [entries]
   const void* in;
   bool halves;  // two bytes a number, and not four
   int64_t m, n, entries;

@@ -8,29 +8,30 @@
 
 namespace {
 
-// Runs body(entry, place in the dense weight) for the lists of some inputs; false if an index is out of range.
+// Runs body(entry, place in the dense weight) for the lists of some features; false if an index is out of range.
 template <typename Body>
 MSBP_INLINE bool each_entry(const msbp::DenseWeight& p, int64_t begin, int64_t end, const Body& body) {
-  for (int64_t i = begin; i < end; ++i)
-    for (int32_t e = p.starts[i]; e < p.starts[i + 1]; ++e) {
-      const int64_t feature = p.features[e], entry = p.order[e];
-      if (feature < 0 || feature >= p.n || entry < 0 || entry >= p.entries) return false;
-      body(entry, i * p.n + feature);
+  for (int64_t o = begin; o < end; ++o)
+    for (int32_t e = p.starts[o]; e < p.starts[o + 1]; ++e) {
+      const int64_t input = p.inputs[e];
+      if (input < 0 || input >= p.m) return false;
+      body(e, input * p.n + o);
     }
   return true;
 }
 
-constexpr int64_t kInputsATask = 64;
+// A cache line of features in each row of the dense weight: it stays in the cache until all of them are there.
+constexpr int64_t kFeaturesATask = 16;
 
 template <typename Value>
 bool unpack(const msbp::DenseWeight& p, msbp::Pool& pool) {
-  if (!are_lists(p.starts, p.m, p.entries)) return false;
+  if (!are_lists(p.starts, p.n, p.entries)) return false;
   const Value* values = static_cast<const Value*>(p.in);
   Value* dense = static_cast<Value*>(p.out);
   std::atomic<bool> good{true};
-  parallel(pool, ceil_div(p.m, kInputsATask), [&](int64_t task) {
-    const int64_t begin = task * kInputsATask, end = least(p.m, begin + kInputsATask);
-    std::memset(dense + begin * p.n, 0, (end - begin) * p.n * sizeof(Value));
+  parallel(pool, ceil_div(p.n, kFeaturesATask), [&](int64_t task) {
+    const int64_t begin = task * kFeaturesATask, end = least(p.n, begin + kFeaturesATask);
+    for (int64_t i = 0; i < p.m; ++i) std::fill(dense + i * p.n + begin, dense + i * p.n + end, Value{});
     if (!each_entry(p, begin, end, [&](int64_t entry, int64_t place) { dense[place] = values[entry]; }))
       good.store(false, std::memory_order_relaxed);
   });
@@ -39,13 +40,13 @@ bool unpack(const msbp::DenseWeight& p, msbp::Pool& pool) {
 
 template <typename Value>
 bool pack(const msbp::DenseWeight& p, msbp::Pool& pool) {
-  if (!are_lists(p.starts, p.m, p.entries)) return false;
+  if (!are_lists(p.starts, p.n, p.entries)) return false;
   const Value* dense = static_cast<const Value*>(p.in);
   Value* values = static_cast<Value*>(p.out);
-  std::fill(values + p.starts[p.m], values + p.entries, Value{});  // there to make patterns equally long
+  std::fill(values + p.starts[p.n], values + p.entries, Value{});  // padding
   std::atomic<bool> good{true};
-  parallel(pool, ceil_div(p.m, kInputsATask), [&](int64_t task) {
-    const int64_t begin = task * kInputsATask, end = least(p.m, begin + kInputsATask);
+  parallel(pool, ceil_div(p.n, kFeaturesATask), [&](int64_t task) {
+    const int64_t begin = task * kFeaturesATask, end = least(p.n, begin + kFeaturesATask);
     if (!each_entry(p, begin, end, [&](int64_t entry, int64_t place) { values[entry] = dense[place]; }))
       good.store(false, std::memory_order_relaxed);
   });

@@ -9,24 +9,22 @@ constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
 
 // `in` and `out` are the entries and the dense weight, or the other way.
 ffi::Error copy(ffi::ThreadPool threads, const Operand& entries, const Operand& dense, const Operand& starts,
-                const Operand& features, const Operand& order, const Operand& in, const Operand& out,
-                int64_t instruction_set, bool unpacks) {
+                const Operand& inputs, const Operand& in, const Operand& out, int64_t instruction_set, bool unpacks) {
   Check check;
-  for (const Operand* one : {&entries, &starts, &features, &order}) check.rank(*one, 1);
+  for (const Operand* one : {&entries, &starts, &inputs}) check.rank(*one, 1);
   check.rank(dense, 2);
   check.real(in);
   check.dtype(out, {in.dtype}, "of the dtype that is copied");
-  for (const Operand* one : {&starts, &features, &order}) check.dtype(*one, {ffi::DataType::S32}, "int32");
+  for (const Operand* one : {&starts, &inputs}) check.dtype(*one, {ffi::DataType::S32}, "int32");
   if (!check.good()) return check.error();
   DenseWeight p{};
   p.m = dense.shape[0], p.n = dense.shape[1], p.entries = entries.shape[0], p.halves = in.bfloat16();
   check.range("inputs", p.m, 1, kMost);
   check.range("features", p.n, 1, kMost);
   check.range("entries", p.entries, 1, kMost);
-  check.shape(starts, {p.m + 1});
-  check.shape(features, {p.entries});
-  check.shape(order, {p.entries});
-  for (const Operand* one : {&starts, &features, &order, &in}) check.batch(*one, out.batch);
+  check.shape(starts, {p.n + 1});
+  check.shape(inputs, {p.entries});
+  for (const Operand* one : {&starts, &inputs, &in}) check.batch(*one, out.batch);
   const Kernels* kernels = kernels_of(instruction_set, check);
   if (!check.good()) return check.error();
   XlaPool pool(threads, p.entries + p.m * p.n / 8);
@@ -34,8 +32,7 @@ ffi::Error copy(ffi::ThreadPool threads, const Operand& entries, const Operand& 
   const ffi::Error error = for_each_of_batch(out.batch, [&](int64_t b) {
     DenseWeight element = p;
     element.starts = reinterpret_cast<const int32_t*>(starts.at(b, out.batch));
-    element.features = reinterpret_cast<const int32_t*>(features.at(b, out.batch));
-    element.order = reinterpret_cast<const int32_t*>(order.at(b, out.batch));
+    element.inputs = reinterpret_cast<const int32_t*>(inputs.at(b, out.batch));
     element.in = in.at(b, out.batch);
     element.out = out.at(b, out.batch);
     good &= (unpacks ? kernels->unpack : kernels->pack)(element, pool);
@@ -43,18 +40,18 @@ ffi::Error copy(ffi::ThreadPool threads, const Operand& entries, const Operand& 
   return good ? error : bad_pattern();
 }
 
-ffi::Error unpack(ffi::ThreadPool threads, ffi::AnyBuffer values, ffi::AnyBuffer starts, ffi::AnyBuffer features,
-                  ffi::AnyBuffer order, ffi::Result<ffi::AnyBuffer> out, int64_t instruction_set) {
+ffi::Error unpack(ffi::ThreadPool threads, ffi::AnyBuffer values, ffi::AnyBuffer starts, ffi::AnyBuffer inputs,
+                  ffi::Result<ffi::AnyBuffer> out, int64_t instruction_set) {
   const Operand entries("values", values, 1), dense("dense weight", *out, 2);
-  return copy(threads, entries, dense, Operand("starts of lists", starts, 1), Operand("features", features, 1),
-              Operand("order", order, 1), entries, dense, instruction_set, true);
+  return copy(threads, entries, dense, Operand("starts of lists", starts, 1), Operand("inputs", inputs, 1), entries,
+              dense, instruction_set, true);
 }
 
-ffi::Error pack(ffi::ThreadPool threads, ffi::AnyBuffer in, ffi::AnyBuffer starts, ffi::AnyBuffer features,
-                ffi::AnyBuffer order, ffi::Result<ffi::AnyBuffer> out, int64_t instruction_set) {
+ffi::Error pack(ffi::ThreadPool threads, ffi::AnyBuffer in, ffi::AnyBuffer starts, ffi::AnyBuffer inputs,
+                ffi::Result<ffi::AnyBuffer> out, int64_t instruction_set) {
   const Operand entries("values", *out, 1), dense("dense weight", in, 2);
-  return copy(threads, entries, dense, Operand("starts of lists", starts, 1), Operand("features", features, 1),
-              Operand("order", order, 1), dense, entries, instruction_set, false);
+  return copy(threads, entries, dense, Operand("starts of lists", starts, 1), Operand("inputs", inputs, 1), dense,
+              entries, instruction_set, false);
 }
 
 ffi::Error largest(ffi::ThreadPool threads, ffi::AnyBuffer scores_, ffi::AnyBuffer count_,
@@ -83,7 +80,6 @@ ffi::Error largest(ffi::ThreadPool threads, ffi::AnyBuffer scores_, ffi::AnyBuff
 auto copy_binding() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
-      .Arg<ffi::AnyBuffer>()
       .Arg<ffi::AnyBuffer>()
       .Arg<ffi::AnyBuffer>()
       .Arg<ffi::AnyBuffer>()

@@ -123,11 +123,11 @@ def test_an_order_out_of_range():
         ("weight_gradient", [X, G, ints(STARTS)[:3], ints(INPUTS)], ((4,), F32)),
         ("weight_gradient", [X, G[:5], ints(STARTS), ints(INPUTS)], ((4,), F32)),
         ("weight_gradient", [X, G, ints(STARTS), ints(INPUTS)], ((5,), F32)),
-        ("unpack", [VALUES, ints(STARTS), ints(INPUTS), ints(INPUTS)], ((4, 5), F32)),
-        ("unpack", [VALUES, ints(STARTS), ints(INPUTS)[:3], ints(INPUTS)], ((3, 5), F32)),
-        ("unpack", [VALUES, ints(STARTS), ints(INPUTS), ints(INPUTS)], ((3, 5), jnp.bfloat16)),
-        ("pack", [G[:3], ints(STARTS), ints(INPUTS), ints(INPUTS).astype(F32)], ((4,), F32)),
-        ("pack", [G[:4], ints(STARTS), ints(INPUTS), ints(INPUTS)], ((4,), F32)),
+        ("unpack", [VALUES, ints(STARTS), ints(INPUTS)], ((5, 4), F32)),
+        ("unpack", [VALUES, ints(STARTS), ints(INPUTS)[:3]], ((5, 3), F32)),
+        ("unpack", [VALUES, ints(STARTS), ints(INPUTS)], ((5, 3), jnp.bfloat16)),
+        ("pack", [G, ints(STARTS), ints(INPUTS).astype(F32)], ((4,), F32)),
+        ("pack", [X, ints(STARTS), ints(INPUTS)], ((4,), F32)),
     ],
 )
 def test_handlers_refuse_what_does_not_fit(name, arrays, result):
@@ -153,10 +153,7 @@ def test_dense_weights_of_entries_and_back(dtype):
 
 @native
 def test_patterns_out_of_range_are_not_unpacked():
-    for features, order in (([0, 3, 1, 5], INPUTS), ([0, -1, 1, 2], INPUTS), (INPUTS, [0, 1, 2, 4])):
-        for name, arrays, result in (
-            ("unpack", [VALUES], ((3, 5), F32)),
-            ("pack", [jnp.ones((3, 5))], ((4,), F32)),
-        ):
+    for inputs in ([0, 3, 1, 5], [0, -1, 1, 2]):
+        for name, array, result in (("unpack", VALUES, ((5, 3), F32)), ("pack", jnp.ones((5, 3)), ((4,), F32))):
             with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="a pattern's indices must be in range"):
-                jax.block_until_ready(calls.call(name, [*arrays, ints(STARTS), ints(features), ints(order)], [result]))
+                jax.block_until_ready(calls.call(name, [array, ints(STARTS), ints(inputs)], [result]))

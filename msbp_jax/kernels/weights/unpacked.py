@@ -30,12 +30,12 @@ def gradient(
 
 def unpacked(values: Float[Array, " entries"], pattern: Pattern) -> Float[Array, "m n"]:
     """Return the weight as a matrix with zeros; float32 or bfloat16."""
-    operands = [values, pattern.input_starts, pattern.features, pattern.order]
+    operands = [values, pattern.starts, pattern.inputs]
     return calls.call("unpack", operands, [(pattern.matrix_shape, values.dtype)])[0]
 
 
 def packed(dense: Float[Array, "m n"], pattern: Pattern) -> Float[Array, " entries"]:
     """Return the entries of a matrix at a pattern, 0 for its padding; float32 or bfloat16."""
-    operands = [dense, pattern.input_starts, pattern.features, pattern.order]
+    operands = [dense, pattern.starts, pattern.inputs]
     result: jax.Array = calls.call("pack", operands, [((pattern.entries,), dense.dtype)])[0]
     return result
