@@ -8,32 +8,36 @@
 
 namespace {
 
-// Runs body(entry, place in the dense weight) for the lists of some features; false if an index is out of range.
+// A cache line of features of each row of the dense weight is put together apart: rows may be a power of two apart, and
+// their lines then share a few places of the cache.
+constexpr int64_t kFeaturesATask = 16;
+
+// Runs body(entry, place in a block [m, kFeaturesATask]) for the lists of some features; false if an index is out of range.
 template <typename Body>
 MSBP_INLINE bool each_entry(const msbp::DenseWeight& p, int64_t begin, int64_t end, const Body& body) {
   for (int64_t o = begin; o < end; ++o)
     for (int32_t e = p.starts[o]; e < p.starts[o + 1]; ++e) {
       const int64_t input = p.inputs[e];
       if (input < 0 || input >= p.m) return false;
-      body(e, input * p.n + o);
+      body(e, input * kFeaturesATask + o - begin);
     }
   return true;
 }
-
-// A cache line of features in each row of the dense weight: it stays in the cache until all of them are there.
-constexpr int64_t kFeaturesATask = 16;
 
 template <typename Value>
 bool unpack(const msbp::DenseWeight& p, msbp::Pool& pool) {
   if (!are_lists(p.starts, p.n, p.entries)) return false;
   const Value* values = static_cast<const Value*>(p.in);
-  Value* dense = static_cast<Value*>(p.out);
   std::atomic<bool> good{true};
   parallel(pool, ceil_div(p.n, kFeaturesATask), [&](int64_t task) {
     const int64_t begin = task * kFeaturesATask, end = least(p.n, begin + kFeaturesATask);
-    for (int64_t i = 0; i < p.m; ++i) std::fill(dense + i * p.n + begin, dense + i * p.n + end, Value{});
-    if (!each_entry(p, begin, end, [&](int64_t entry, int64_t place) { dense[place] = values[entry]; }))
+    Value* block = scratch<Value>(msbp::Slot::kTile, p.m * kFeaturesATask);
+    std::fill_n(block, p.m * kFeaturesATask, Value{});
+    if (!each_entry(p, begin, end, [&](int64_t entry, int64_t place) { block[place] = values[entry]; }))
       good.store(false, std::memory_order_relaxed);
+    Value* dense = static_cast<Value*>(p.out) + begin;
+    for (int64_t i = 0; i < p.m; ++i)
+      std::memcpy(dense + i * p.n, block + i * kFeaturesATask, (end - begin) * sizeof(Value));
   });
   return good.load();
 }
@@ -41,13 +45,16 @@ bool unpack(const msbp::DenseWeight& p, msbp::Pool& pool) {
 template <typename Value>
 bool pack(const msbp::DenseWeight& p, msbp::Pool& pool) {
   if (!are_lists(p.starts, p.n, p.entries)) return false;
-  const Value* dense = static_cast<const Value*>(p.in);
   Value* values = static_cast<Value*>(p.out);
   std::fill(values + p.starts[p.n], values + p.entries, Value{});  // padding
   std::atomic<bool> good{true};
   parallel(pool, ceil_div(p.n, kFeaturesATask), [&](int64_t task) {
     const int64_t begin = task * kFeaturesATask, end = least(p.n, begin + kFeaturesATask);
-    if (!each_entry(p, begin, end, [&](int64_t entry, int64_t place) { values[entry] = dense[place]; }))
+    Value* block = scratch<Value>(msbp::Slot::kTile, p.m * kFeaturesATask);
+    const Value* dense = static_cast<const Value*>(p.in) + begin;
+    for (int64_t i = 0; i < p.m; ++i)
+      std::memcpy(block + i * kFeaturesATask, dense + i * p.n, (end - begin) * sizeof(Value));
+    if (!each_entry(p, begin, end, [&](int64_t entry, int64_t place) { values[entry] = block[place]; }))
       good.store(false, std::memory_order_relaxed);
   });
   return good.load();
