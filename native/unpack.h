@@ -12,7 +12,7 @@ namespace {
 // their lines then share a few places of the cache.
 constexpr int64_t kFeaturesATask = 16;
 
-// Runs body(entry, place in a block [m, kFeaturesATask]) for the lists of some features; false if an index is out of range.
+// Runs body(entry, place in a block [m, 16]) for the lists of some features; false if an index is out of range.
 template <typename Body>
 MSBP_INLINE bool each_entry(const msbp::DenseWeight& p, int64_t begin, int64_t end, const Body& body) {
   for (int64_t o = begin; o < end; ++o)
