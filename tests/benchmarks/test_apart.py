@@ -22,6 +22,7 @@ FOLDERS = {
     "benchmarks/suite": {"benchmarks.helpers"},
     "benchmarks/accelerator": {"benchmarks.helpers", "benchmarks.data"},
     "benchmarks/dithered": {"benchmarks.helpers", "benchmarks.data"},
+    "benchmarks/sparse_training": {"benchmarks.helpers", "benchmarks.data"},
     "benchmarks/subnetwork": {"benchmarks.helpers", "benchmarks.data"},
     "benchmarks/time_to_accuracy": {"benchmarks.helpers", "benchmarks.data"},
     "benchmarks": {"benchmarks.helpers", "benchmarks.suite"},
