@@ -218,14 +218,7 @@ bool convolution_weight_gradient(const msbp::SparseConvolution& p, msbp::Pool& p
           Floats row[V];
           for (int v = 0; v < V; ++v) row[v] = load(g + o * planes.length + planes.margin + begin + v * VL);
           for (int32_t e = p.starts[o]; e < p.starts[o + 1]; ++e) {
-            const float* other = from + lists[e].at;
-            Floats even{}, odd{};
-#pragma GCC unroll 8
-            for (int v = 0; v < V; v += 2) {
-              even += row[v] * load(other + v * VL);
-              odd += row[v + 1] * load(other + (v + 1) * VL);
-            }
-            sums[e] += sum_by_halves(even + odd);
+            sums[e] += times_row(row, from + lists[e].at);
           }
         }
       }

@@ -47,12 +47,12 @@ ffi::Error times(ffi::ThreadPool threads, ffi::AnyBuffer values_, ffi::AnyBuffer
   const Operand values("values", values_, 1), starts("starts of lists", starts_, 1), inner("indices", inner_, 1),
       order("order", order_, 1), in("images", in_, 4), out("result", *out_, 4);
   Check check;
-  for (const Operand* one : {&values, &starts, &inner, &order}) check.rank(*one, 1);
+  check.rank(values, 1);
+  check_lists(check, {&starts, &inner, &order});
   check.rank(in, 4);
   check.rank(out, 4);
   check.real(values);
   check.real(in);
-  for (const Operand* one : {&starts, &inner, &order}) check.dtype(*one, {ffi::DataType::S32}, "int32");
   check.dtype(out, {ffi::DataType::F32}, "float32");
   if (!check.good()) return check.error();
   const Operand &x = of_gradient ? out : in, &y = of_gradient ? in : out;
@@ -66,18 +66,16 @@ ffi::Error times(ffi::ThreadPool threads, ffi::AnyBuffer values_, ffi::AnyBuffer
   const Kernels* kernels = kernels_of(instruction_set, check);
   if (!check.good()) return check.error();
   XlaPool pool(threads, p.entries * p.images * p.vertical.out * p.horizontal.out / 8);
-  bool good = true;
-  const ffi::Error error = for_each_of_batch(out.batch, [&](int64_t b) {
+  return for_each_pattern(out.batch, [&](int64_t b) {
     SparseConvolution element = p;
     element.values = values.at(b, out.batch);
-    element.starts = reinterpret_cast<const int32_t*>(starts.at(b, out.batch));
-    element.inner = reinterpret_cast<const int32_t*>(inner.at(b, out.batch));
-    element.order = of_gradient ? reinterpret_cast<const int32_t*>(order.at(b, out.batch)) : nullptr;
+    element.starts = ints(starts, b, out.batch);
+    element.inner = ints(inner, b, out.batch);
+    element.order = of_gradient ? ints(order, b, out.batch) : nullptr;
     element.in = in.at(b, out.batch);
     element.out = reinterpret_cast<float*>(out.at(b, out.batch));
-    good &= (of_gradient ? kernels->convolution_input_gradient : kernels->convolution)(element, pool);
+    return (of_gradient ? kernels->convolution_input_gradient : kernels->convolution)(element, pool);
   });
-  return good ? error : bad_pattern();
 }
 
 ffi::Error gradient(ffi::ThreadPool threads, ffi::AnyBuffer x_, ffi::AnyBuffer g_, ffi::AnyBuffer starts_,
@@ -88,10 +86,10 @@ ffi::Error gradient(ffi::ThreadPool threads, ffi::AnyBuffer x_, ffi::AnyBuffer g
   Check check;
   check.rank(x, 4);
   check.rank(g, 4);
-  for (const Operand* one : {&starts, &inner, &out}) check.rank(*one, 1);
+  check.rank(out, 1);
+  check_lists(check, {&starts, &inner});
   check.real(x);
   check.real(g);
-  for (const Operand* one : {&starts, &inner}) check.dtype(*one, {ffi::DataType::S32}, "int32");
   check.dtype(out, {ffi::DataType::F32}, "float32");
   if (!check.good()) return check.error();
   SparseConvolution p = geometry(x.shape, g.shape, axes, groups, inner.shape[0], check);
@@ -103,17 +101,15 @@ ffi::Error gradient(ffi::ThreadPool threads, ffi::AnyBuffer x_, ffi::AnyBuffer g
   const Kernels* kernels = kernels_of(instruction_set, check);
   if (!check.good()) return check.error();
   XlaPool pool(threads, p.entries * p.images * p.vertical.out * p.horizontal.out / 8);
-  bool good = true;
-  const ffi::Error error = for_each_of_batch(out.batch, [&](int64_t b) {
+  return for_each_pattern(out.batch, [&](int64_t b) {
     SparseConvolution element = p;
     element.in = x.at(b, out.batch);
     element.g = g.at(b, out.batch);
-    element.starts = reinterpret_cast<const int32_t*>(starts.at(b, out.batch));
-    element.inner = reinterpret_cast<const int32_t*>(inner.at(b, out.batch));
+    element.starts = ints(starts, b, out.batch);
+    element.inner = ints(inner, b, out.batch);
     element.out = reinterpret_cast<float*>(out.at(b, out.batch));
-    good &= kernels->convolution_weight_gradient(element, pool);
+    return kernels->convolution_weight_gradient(element, pool);
   });
-  return good ? error : bad_pattern();
 }
 
 XLA_FFI_DEFINE_HANDLER(times_handler, times,

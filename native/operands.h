@@ -115,8 +115,24 @@ ffi::Error for_each_of_batch(const std::vector<int64_t>& batch, const Body& body
   return ffi::Error::Success();
 }
 
-inline ffi::Error bad_pattern() {
-  return ffi::Error::InvalidArgument("msbp_jax: a pattern's indices must be in range, its lists one behind the other, images addressable by 32 bits");
+const int32_t* ints(const Operand& a, int64_t b, const std::vector<int64_t>& whole) {
+  return reinterpret_cast<const int32_t*>(a.at(b, whole));
+}
+
+// Lists of a pattern: one axis, int32.
+void check_lists(Check& check, std::initializer_list<const Operand*> lists) {
+  for (const Operand* one : lists) check.rank(*one, 1);
+  for (const Operand* one : lists) check.dtype(*one, {ffi::DataType::S32}, "int32");
+}
+
+// Like for_each_of_batch, of a body that returns whether the pattern is good.
+template <typename Body>
+ffi::Error for_each_pattern(const std::vector<int64_t>& batch, const Body& body) {
+  bool good = true;
+  const ffi::Error error = for_each_of_batch(batch, [&](int64_t b) { good &= body(b); });
+  if (good) return error;
+  return ffi::Error::InvalidArgument(
+      "msbp_jax: a pattern's indices must be in range, its lists one behind the other, images addressable by 32 bits");
 }
 
 // How products are called: a compact cotangent of two arrays, and the weight or the inputs.

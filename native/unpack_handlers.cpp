@@ -11,11 +11,11 @@ constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
 ffi::Error copy(ffi::ThreadPool threads, const Operand& entries, const Operand& dense, const Operand& starts,
                 const Operand& inputs, const Operand& in, const Operand& out, int64_t instruction_set, bool unpacks) {
   Check check;
-  for (const Operand* one : {&entries, &starts, &inputs}) check.rank(*one, 1);
+  check.rank(entries, 1);
+  check_lists(check, {&starts, &inputs});
   check.rank(dense, 2);
   check.real(in);
   check.dtype(out, {in.dtype}, "of the dtype that is copied");
-  for (const Operand* one : {&starts, &inputs}) check.dtype(*one, {ffi::DataType::S32}, "int32");
   if (!check.good()) return check.error();
   DenseWeight p{};
   p.m = dense.shape[0], p.n = dense.shape[1], p.entries = entries.shape[0], p.halves = in.bfloat16();
@@ -28,16 +28,14 @@ ffi::Error copy(ffi::ThreadPool threads, const Operand& entries, const Operand& 
   const Kernels* kernels = kernels_of(instruction_set, check);
   if (!check.good()) return check.error();
   XlaPool pool(threads, p.entries + p.m * p.n / 8);
-  bool good = true;
-  const ffi::Error error = for_each_of_batch(out.batch, [&](int64_t b) {
+  return for_each_pattern(out.batch, [&](int64_t b) {
     DenseWeight element = p;
-    element.starts = reinterpret_cast<const int32_t*>(starts.at(b, out.batch));
-    element.inputs = reinterpret_cast<const int32_t*>(inputs.at(b, out.batch));
+    element.starts = ints(starts, b, out.batch);
+    element.inputs = ints(inputs, b, out.batch);
     element.in = in.at(b, out.batch);
     element.out = out.at(b, out.batch);
-    good &= (unpacks ? kernels->unpack : kernels->pack)(element, pool);
+    return (unpacks ? kernels->unpack : kernels->pack)(element, pool);
   });
-  return good ? error : bad_pattern();
 }
 
 ffi::Error unpack(ffi::ThreadPool threads, ffi::AnyBuffer values, ffi::AnyBuffer starts, ffi::AnyBuffer inputs,
@@ -70,7 +68,7 @@ ffi::Error largest(ffi::ThreadPool threads, ffi::AnyBuffer scores_, ffi::AnyBuff
   if (!check.good()) return check.error();
   XlaPool pool(threads, scores.shape[0]);
   return for_each_of_batch(out.batch, [&](int64_t b) {
-    const int32_t wanted = *reinterpret_cast<const int32_t*>(count.at(b, out.batch));
+    const int32_t wanted = *ints(count, b, out.batch);
     kernels->largest({reinterpret_cast<const float*>(scores.at(b, out.batch)), scores.shape[0], wanted, out.shape[0],
                       reinterpret_cast<int32_t*>(out.at(b, out.batch))},
                      pool);

@@ -94,6 +94,17 @@ MSBP_INLINE float sum_by_halves(Floats x) {
 #endif
 }
 
+// The product of a row that is held in registers and another one.
+MSBP_INLINE float times_row(const Floats (&row)[kTileVectors], const float* other) {
+  Floats even{}, odd{};
+#pragma GCC unroll 8
+  for (int v = 0; v < kTileVectors; v += 2) {
+    even += row[v] * load(other + v * VL);
+    odd += row[v + 1] * load(other + (v + 1) * VL);
+  }
+  return sum_by_halves(even + odd);
+}
+
 template <typename Left, typename Right>
 bool weight_gradient(const msbp::WeightGradient& p, msbp::Pool& pool) {
   constexpr int V = kTileVectors;
@@ -136,13 +147,7 @@ bool weight_gradient(const msbp::WeightGradient& p, msbp::Pool& pool) {
         for (int v = 0; v < V; ++v) row[v] = load(tile_g + list * kTileFloats + v * VL);
         for (const int64_t last = least(end, p.starts[list + 1]); e < last; ++e) {
           const float* other = tile_x + static_cast<int64_t>(p.inner[e]) * kTileFloats;
-          Floats even{}, odd{};
-#pragma GCC unroll 8
-          for (int v = 0; v < V; v += 2) {
-            even += row[v] * load(other + v * VL);
-            odd += row[v + 1] * load(other + (v + 1) * VL);
-          }
-          const float total = sum_by_halves(even + odd);
+          const float total = times_row(row, other);
           p.out[e] = tile == 0 ? total : p.out[e] + total;
         }
       }

@@ -13,12 +13,12 @@ ffi::Error times(ffi::ThreadPool threads, ffi::AnyBuffer values_, ffi::AnyBuffer
   const Operand values("values", values_, 1), starts("starts of lists", starts_, 1), inner("indices", inner_, 1),
       order("order", order_, 1), in("input", in_, 2), out("result", *out_, 2);
   Check check;
-  for (const Operand* one : {&values, &starts, &inner, &order}) check.rank(*one, 1);
+  check.rank(values, 1);
+  check_lists(check, {&starts, &inner, &order});
   check.rank(in, 2);
   check.rank(out, 2);
   check.real(values);
   check.real(in);
-  for (const Operand* one : {&starts, &inner, &order}) check.dtype(*one, {ffi::DataType::S32}, "int32");
   check.dtype(out, {ffi::DataType::F32}, "float32");
   if (!check.good()) return check.error();
   WeightProduct p{};
@@ -36,18 +36,16 @@ ffi::Error times(ffi::ThreadPool threads, ffi::AnyBuffer values_, ffi::AnyBuffer
   const Kernels* kernels = kernels_of(instruction_set, check);
   if (!check.good()) return check.error();
   XlaPool pool(threads, p.entries * p.rows / 8);
-  bool good = true;
-  const ffi::Error error = for_each_of_batch(out.batch, [&](int64_t b) {
+  return for_each_pattern(out.batch, [&](int64_t b) {
     WeightProduct element = p;
     element.values = values.at(b, out.batch);
-    element.starts = reinterpret_cast<const int32_t*>(starts.at(b, out.batch));
-    element.inner = reinterpret_cast<const int32_t*>(inner.at(b, out.batch));
-    element.order = ordered ? reinterpret_cast<const int32_t*>(order.at(b, out.batch)) : nullptr;
+    element.starts = ints(starts, b, out.batch);
+    element.inner = ints(inner, b, out.batch);
+    element.order = ordered ? ints(order, b, out.batch) : nullptr;
     element.in = in.at(b, out.batch);
     element.out = reinterpret_cast<float*>(out.at(b, out.batch));
-    good &= kernels->weight_times(element, pool);
+    return kernels->weight_times(element, pool);
   });
-  return good ? error : bad_pattern();
 }
 
 ffi::Error gradient(ffi::ThreadPool threads, ffi::AnyBuffer x_, ffi::AnyBuffer g_, ffi::AnyBuffer starts_,
@@ -57,10 +55,10 @@ ffi::Error gradient(ffi::ThreadPool threads, ffi::AnyBuffer x_, ffi::AnyBuffer g
   Check check;
   check.rank(x, 2);
   check.rank(g, 2);
-  for (const Operand* one : {&starts, &inner, &out}) check.rank(*one, 1);
+  check.rank(out, 1);
+  check_lists(check, {&starts, &inner});
   check.real(x);
   check.real(g);
-  for (const Operand* one : {&starts, &inner}) check.dtype(*one, {ffi::DataType::S32}, "int32");
   check.dtype(out, {ffi::DataType::F32}, "float32");
   if (!check.good()) return check.error();
   WeightGradient p{};
@@ -77,17 +75,15 @@ ffi::Error gradient(ffi::ThreadPool threads, ffi::AnyBuffer x_, ffi::AnyBuffer g
   const Kernels* kernels = kernels_of(instruction_set, check);
   if (!check.good()) return check.error();
   XlaPool pool(threads, p.entries * p.rows / 8);
-  bool good = true;
-  const ffi::Error error = for_each_of_batch(out.batch, [&](int64_t b) {
+  return for_each_pattern(out.batch, [&](int64_t b) {
     WeightGradient element = p;
     element.x = x.at(b, out.batch);
     element.g = g.at(b, out.batch);
-    element.starts = reinterpret_cast<const int32_t*>(starts.at(b, out.batch));
-    element.inner = reinterpret_cast<const int32_t*>(inner.at(b, out.batch));
+    element.starts = ints(starts, b, out.batch);
+    element.inner = ints(inner, b, out.batch);
     element.out = reinterpret_cast<float*>(out.at(b, out.batch));
-    good &= kernels->weight_gradient(element, pool);
+    return kernels->weight_gradient(element, pool);
   });
-  return good ? error : bad_pattern();
 }
 
 XLA_FFI_DEFINE_HANDLER(times_handler, times,

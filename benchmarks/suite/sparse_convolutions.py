@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 import msbp_jax as msbp
 from benchmarks.helpers.networks import step_of
@@ -140,13 +141,10 @@ def measure_steps(context: Context) -> Iterator[Row]:
 
 def geometry(layer: Layer) -> kernels.Geometry:
     """Return a layer's geometry, of which padding is "SAME"."""
-    out = -(-layer.size // layer.stride)
-    whole = max(0, (out - 1) * layer.stride + layer.window - layer.size)
-    pad = (whole // 2, whole - whole // 2)
     two = lambda one: (one, one)
-    return kernels.Geometry(
-        window=two(layer.window), strides=two(layer.stride), padding=two(pad), dilation=two(1)
-    )  # fmt: skip
+    window, strides = two(layer.window), two(layer.stride)
+    padding = lax.padtype_to_pads(two(layer.size), window, strides, "SAME")
+    return kernels.Geometry(window=window, strides=strides, padding=tuple(padding), dilation=two(1))
 
 
 def _step(tx: optax.GradientTransformation, model: Any, patterns: Any) -> Any:

@@ -10,13 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msbp_jax.dynamic._schedule import leaves_of, with_leaves, with_new_patterns
+from msbp_jax.dynamic._schedule import leaves_of, shapes, with_leaves, with_new_patterns
 from msbp_jax.weights import SPARSITY, Pattern, prune
-
-
-def shapes(tree: Any) -> Any:
-    """Return a pytree of arrays as shapes and dtypes."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.asarray(leaf).dtype), tree)
 
 
 def pruned_shapes(variables: Mapping[str, Any], density: float, options: Mapping[str, Any]) -> dict[str, Any]:

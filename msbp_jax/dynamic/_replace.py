@@ -5,15 +5,14 @@ A place is one number, `feature * m + input`, so that entries in order are numbe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from msbp_jax.kernels import places
-from msbp_jax.weights import Pattern
+from msbp_jax.weights import Pattern, of_layers
 
 
 class Replaced(NamedTuple):
@@ -70,7 +69,7 @@ def replaced(
         codes, source = (array[:entries] for array in jax.lax.sort((both, whence), num_keys=1))
         return Replaced(_pattern(pattern, codes), jnp.where(codes < m * n, source, entries))
 
-    return _by_layers(layer, pattern)(pattern, values, scores, count)
+    return of_layers(pattern, layer)(pattern, values, scores, count)
 
 
 def followed(source: Int[Array, "... entries"], values: jax.Array) -> jax.Array:
@@ -84,12 +83,6 @@ def followed(source: Int[Array, "... entries"], values: jax.Array) -> jax.Array:
 def entry_counts(pattern: Pattern) -> Int[Array, ...]:
     """Return how many entries each layer has, without padding."""
     return pattern.starts[..., -1]
-
-
-def _by_layers(function: Callable[..., Any], pattern: Pattern) -> Callable[..., Any]:
-    for _ in pattern.stacked:
-        function = jax.vmap(function)
-    return function
 
 
 def _smallest(values: jax.Array, among: jax.Array, count: jax.Array) -> jax.Array:

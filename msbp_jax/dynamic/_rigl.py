@@ -31,7 +31,7 @@ def rigl(*, every: int, until: int, fraction: Fraction = 0.3) -> SparsitySchedul
 
     On many devices the dense gradient has to be that of all of them (`pmean` within `shard_map`), or each chooses for
     itself. A convolution in a branch of XLA's takes tens of times as long on a CPU: there call `update` after the
-    compiled step, with a compiled `dense_grad_fn`, which costs a millisecond at steps that are not due.
+    compiled step, with a compiled `dense_grad_fn`, which costs a millisecond or two at steps that are not due.
 
     Args:
       every: Steps between changes, 100 in the paper.

@@ -119,7 +119,8 @@ class SparsitySchedule(abc.ABC):
           state: Of the schedule.
         """
         del state
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.asarray(leaf).dtype), dict(variables))
+        found: dict[str, Any] = shapes(dict(variables))
+        return found
 
     def check(self, variables: Mapping[str, Any], state: SparsityState) -> None:
         """Raise unless variables and state are of one stage; for what was restored, outside of `jit`.
@@ -151,6 +152,11 @@ def patterns_of(variables: Mapping[str, Any]) -> dict[str, Pattern]:
             "as the variables that msbp.prune made at first."
         )
     return {path_name(path): pattern for path, pattern in found}
+
+
+def shapes(tree: Any) -> Any:
+    """Return a pytree of arrays as shapes and dtypes."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.asarray(leaf).dtype), tree)
 
 
 def leaves_of(params: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from msbp_jax.weights._pattern import Pattern as Pattern
 from msbp_jax.weights._pattern import gathered as gathered
 from msbp_jax.weights._pattern import is_pattern as is_pattern
+from msbp_jax.weights._pattern import of_layers as of_layers
 from msbp_jax.weights._pattern import pattern_of as pattern_of
 from msbp_jax.weights._pattern import scattered as scattered
 from msbp_jax.weights._prune import SPARSITY as SPARSITY

@@ -64,7 +64,7 @@ class Pattern(struct.PyTreeNode):
         """Return the feature of each value, n for padding."""
         at = jnp.arange(self.entries, dtype=jnp.int32)
         find = lambda starts: jnp.searchsorted(starts[1:], at, side="right").astype(jnp.int32)
-        return _of_layers(self, find)(self.starts)
+        return of_layers(self, find)(self.starts)
 
     def mask(self) -> Bool[Array, ...]:
         """Return a mask in the shape of the dense weight, True where there is an entry."""
@@ -76,7 +76,7 @@ def is_pattern(node: Any) -> bool:
     return isinstance(node, Pattern)
 
 
-def _of_layers(pattern: Pattern, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def of_layers(pattern: Pattern, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of one layer's arrays, mapped over the axes of stacked layers."""
     for _ in pattern.stacked:
         function = jax.vmap(function)
@@ -96,7 +96,7 @@ def scattered(pattern: Pattern, values: jax.Array) -> jax.Array:
         flat = jnp.zeros((m, n), values.dtype)
         return flat.at[inputs, features].set(values, mode="drop", unique_indices=True)
 
-    dense = _of_layers(pattern, one)(pattern.inputs, pattern.features_by_entry(), values)
+    dense = of_layers(pattern, one)(pattern.inputs, pattern.features_by_entry(), values)
     return dense.reshape(*pattern.stacked, *pattern.shape)
 
 
@@ -107,7 +107,7 @@ def gathered(pattern: Pattern, dense: jax.Array) -> jax.Array:
     def one(inputs: jax.Array, features: jax.Array, matrix: jax.Array) -> jax.Array:
         return matrix.at[inputs, features].get(mode="fill", fill_value=0)
 
-    return _of_layers(pattern, one)(pattern.inputs, pattern.features_by_entry(), dense.reshape(*pattern.stacked, m, n))
+    return of_layers(pattern, one)(pattern.inputs, pattern.features_by_entry(), dense.reshape(*pattern.stacked, m, n))
 
 
 def pattern_of(mask: Any, *, input_axes: int = 1, stacked: int = 0, block: tuple[int, int] | None = None) -> Pattern:

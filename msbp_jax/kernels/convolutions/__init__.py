@@ -17,13 +17,15 @@ import jax
 from jaxtyping import Array, Float
 
 from msbp_jax import _compat
-from msbp_jax.kernels.convolutions import native, unpacked, xla
+from msbp_jax.kernels.convolutions import native
+from msbp_jax.kernels.convolutions.dense import Dense
 from msbp_jax.kernels.convolutions.geometry import Geometry as Geometry
 from msbp_jax.kernels.convolutions.geometry import Shape
 from msbp_jax.kernels.native import calls
+from msbp_jax.kernels.weights import dense
 from msbp_jax.weights import Pattern
 
-_BACKENDS: Final = {"native": native, "unpacked": unpacked, "xla": xla}
+_BACKENDS: Final[dict[str, Any]] = {"native": native, "unpacked": Dense(dense.UNPACKED), "xla": Dense(dense.XLA)}
 
 # Up to which share of the entries lists are faster than a dense kernel, the better of XLA's two ways to dw, by how many
 # inputs an output has at most (`python -m benchmarks "sparse conv"`): XLA is best where these are many.
@@ -120,9 +122,7 @@ def chosen(pattern: Pattern, geometry: Geometry, shape: Shape, *dtypes: Any) -> 
     """Return the backend that runs a convolution of images of this shape with operands of these dtypes here."""
     if _nothing(geometry, shape):
         return "xla"
-    try:
-        calls.check_dtypes(*dtypes)
-    except NotImplementedError:
+    if not calls.runs(*dtypes):
         return "xla"
     try:
         native.check_size(geometry, shape, pattern.shape[-1])
@@ -140,7 +140,7 @@ def _chosen(
     backend: str | None, pattern: Pattern, geometry: Geometry, shape: Shape, first: jax.Array, second: jax.Array
 ) -> Any:
     if _nothing(geometry, shape):
-        return xla
+        return _BACKENDS["xla"]
     if backend == "native":
         calls.check(first, second)
         native.check_size(geometry, shape, pattern.shape[-1])

@@ -83,6 +83,15 @@ def check_dtypes(*dtypes: Any) -> None:
             raise NotImplementedError(f"the native kernels take float32 and bfloat16, got {dtype}")
 
 
+def runs(*dtypes: Any) -> bool:
+    """Whether the kernels run operands of these dtypes here."""
+    try:
+        check_dtypes(*dtypes)
+    except NotImplementedError:
+        return False
+    return True
+
+
 def check_entries(entries: int) -> None:
     """Decline what the kernels cannot count: they number entries with 32 bits.
 

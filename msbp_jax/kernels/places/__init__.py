@@ -30,8 +30,8 @@ def largest(
       int32; `size` where there are no more.
     """
     if backend is None:
-        native = calls.available() and scores.dtype == jnp.float32 and scores.size > 0 and most > 0
-        backend = "native" if native and _here() else "xla"
+        native = scores.dtype == jnp.float32 and scores.size > 0 and most > 0 and calls.runs(scores.dtype)
+        backend = "native" if native else "xla"
     if backend == "native":
         operands = [scores, count.astype(jnp.int32).reshape(1)]
         found: jax.Array = calls.call("largest", operands, [((most,), jnp.int32)])[0]
@@ -42,11 +42,3 @@ def largest(
     taken = (jnp.arange(len(at), dtype=jnp.int32) < count) & (best >= 0)
     places = jnp.sort(jnp.where(taken, at.astype(jnp.int32), size))
     return jnp.pad(places, (0, most - len(places)), constant_values=size)
-
-
-def _here() -> bool:
-    try:
-        calls.check_dtypes()
-    except NotImplementedError:
-        return False
-    return True

@@ -21,10 +21,10 @@ from jaxtyping import Array, Float
 from msbp_jax import _compat
 from msbp_jax.kernels.choice import target
 from msbp_jax.kernels.native import calls
-from msbp_jax.kernels.weights import native, tiles, unpacked, xla
+from msbp_jax.kernels.weights import dense, native, tiles
 from msbp_jax.weights import Pattern
 
-_BACKENDS: Final = {"native": native, "unpacked": unpacked, "tiles": tiles, "xla": xla}
+_BACKENDS: Final[dict[str, Any]] = {"native": native, "unpacked": dense.UNPACKED, "tiles": tiles, "xla": dense.XLA}
 
 # Up to which share of the entries lists are faster than products with a weight that is dense, by rows of the input.
 _BREAK_EVEN: Final = ((256, 0.33), (64, 0.25), (0, 0.12))
@@ -95,9 +95,7 @@ def chosen(pattern: Pattern, rows: Any, *dtypes: Any) -> str:
         return "xla"
     if target.platform() != "cpu" and pattern.block is not None and min(pattern.block) >= 8:
         return "tiles"
-    try:
-        calls.check_dtypes(*dtypes)
-    except NotImplementedError:
+    if not calls.runs(*dtypes):
         return "xla"
     return "native" if pattern.density <= break_even(rows) else "unpacked"
 
