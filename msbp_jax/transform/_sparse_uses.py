@@ -158,10 +158,9 @@ def describe(name: str, weight: SparseWeight, uses: Sequence[Use]) -> WeightRow:
       uses: Its uses.
     """
     pattern, products = weight.pattern, [use for use in uses if use.operation is not None]
-    backends: dict[str, list[Use]] = {}
-    for use in products:
-        assert use.operation is not None
-        backends.setdefault(use.operation.backend_for(pattern, use.x, use.rows, *use.dtypes), []).append(use)
+    backends = dict.fromkeys(
+        use.operation.backend_for(pattern, use.x, use.rows, *use.dtypes) for use in products if use.operation
+    )
     dense = list(dict.fromkeys(use.primitive for use in uses if use.operation is None))
     said = [f"{' and '.join(dense)} sees the dense weight"] if dense else []
     if not products:
@@ -198,4 +197,4 @@ def _break_even(pattern: Pattern, use: Use) -> float:
 
 
 def _label(backend: str) -> str:
-    return {"native": "native", "tiles": "xla, tiles", "unpacked": "xla, dense"}.get(backend, "xla, dense")
+    return {"native": "native", "tiles": "xla, tiles"}.get(backend, "xla, dense")
