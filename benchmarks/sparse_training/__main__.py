@@ -87,9 +87,9 @@ def table(runs: dict[str, list[methods.Run]]) -> list[dict[str, Any]]:
     return rows
 
 
-def by_stage(runs: dict[str, list[methods.Run]]) -> list[dict[str, Any]]:
+def by_stage(runs: list[methods.Run]) -> list[dict[str, Any]]:
     """Return a row for each stage of gradual pruning, means over seeds."""
-    found = [one["stages"] for one in runs.get("gradual", [])]
+    found = [one["stages"] for one in runs]
     # The first step of a stage is the one that compiles, and is not among the seconds.
     ms = lambda stage: 1e3 * (stage["seconds"] - stage["of the change"]) / max(1, stage["steps"] - 1)
     return [
@@ -130,8 +130,9 @@ def main(arguments: list[str] | None = None) -> None:
         runs = train(task, args, out / "runs")
         head = machine.head(f"python -m benchmarks.sparse_training {name}", today())
         text = f"{head}, {task.images.name}, seeds: {args.seeds}, epochs: {task.epochs}.\n\n{markdown(table(runs))}\n"
-        if stages := by_stage(runs):
-            text += f"\nGradual pruning, stage by stage:\n\n{markdown(stages)}\n"
+        for method in methods.GRADUAL:
+            if method in runs:
+                text += f"\nStage by stage, {method}:\n\n{markdown(by_stage(runs[method]))}\n"
         of_epochs = "" if args.epochs is None else f"_{args.epochs}_epochs"
         (out / f"{name}{of_epochs}.md").write_text(f"# {name}\n\n{text}")
         print(f"\n{text}", flush=True)

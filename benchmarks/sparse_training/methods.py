@@ -6,6 +6,7 @@ set      the same at first; every 100 steps three tenths of the entries, the sma
 rigl     to places where the dense gradient is largest; both until three quarters of the steps
 gradual  dense for a tenth of the steps, then the largest entries along a cubic, in eight stages from 95 % on, until
          four fifths of the steps (SparseProp)
+early    the same from 50 % on, in five stages, until half of the steps: sooner cheap, and longer as sparse as it ends
 
 Steps are called one by one. Seconds are those of steps and of changes of the patterns; calls that compile are counted
 apart, tests are not counted. The seconds of a change by gradual pruning are those of `update`, whatever it compiles
@@ -28,7 +29,8 @@ from benchmarks.helpers.clock import Clock
 from benchmarks.sparse_training.tasks import Task, loss_fn
 from msbp_jax.weights import SPARSITY, is_pattern
 
-METHODS = ("dense", "static", "set", "rigl", "gradual")
+METHODS = ("dense", "static", "set", "rigl", "gradual", "early")
+GRADUAL = ("gradual", "early")
 FRACTION = 0.3
 
 type Run = dict[str, Any]
@@ -39,7 +41,6 @@ def schedule_of(method: str, task: Task) -> msbp.SparsitySchedule | None:
     steps = task.epochs * task.steps
     until = max(task.every + 1, round(0.75 * steps))
     begin = max(1, round(0.1 * steps))
-    end = max(begin + 1, round(0.8 * steps))
     match method:
         case "static":
             return msbp.static_sparsity()
@@ -47,10 +48,12 @@ def schedule_of(method: str, task: Task) -> msbp.SparsitySchedule | None:
             return msbp.sparse_evolution(every=task.every, until=until, fraction=FRACTION)
         case "rigl":
             return msbp.rigl(every=task.every, until=until, fraction=FRACTION)
-        case "gradual":
-            every = math.ceil((end - begin) / (task.stages - 1))
+        case "gradual" | "early":
+            share, stages, first = (0.8, task.stages, 0.95) if method == "gradual" else (0.5, task.early_stages, 0.5)
+            end = max(begin + 1, round(share * steps))
+            every = math.ceil((end - begin) / (stages - 1))
             return msbp.gradual_pruning(
-                task.density, begin=begin, end=end, every=every, initial_density=0.95, **task.pruning
+                task.density, begin=begin, end=end, every=every, initial_density=first, **task.pruning
             )
     return None
 

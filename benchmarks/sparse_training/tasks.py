@@ -5,6 +5,7 @@
 | mlp | 784-1024-1024-10 on MNIST, batch 128 | SGD 0.1, momentum 0.9, cosine | 10 % of hidden kernels |
 | nerva | 3072-1024-512-10 on CIFAR-10, batch 100 | the same | the same |
 | cnn | residual blocks of 32, 64, 128 channels, CIFAR-10, batch 128 | the same, and decay 5e-4 | 5 % of each block |
+| wide | the same of 64, 128, 256 channels | the same | the same |
 
 Images of CIFAR-10 are shifted and mirrored, anew in every epoch. The CNN has batch norm; its stem, its projections
 (1 x 1) and all last layers are dense.
@@ -71,6 +72,7 @@ class Task:
       convolutions: Whether the network has any.
       every: Steps between changes by SET and RigL.
       stages: Of gradual pruning.
+      early_stages: Of gradual pruning that ends early.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Task:
     convolutions: bool = False
     every: int = 100
     stages: int = 8
+    early_stages: int = 5
 
     @property
     def steps(self) -> int:
@@ -136,7 +139,7 @@ def make(name: str, folder: pathlib.Path | None, *, small: bool, epochs: int | N
     if small:
         x, y, test_x, test_y = task.images[1:]
         images = task.images._replace(train_x=x[:256], train_y=y[:256], test_x=test_x[:100], test_y=test_y[:100])
-        sizes: dict[str, Any] = {"batch": 64, "epochs": 2, "density": 0.2, "every": 2, "stages": 2}
+        sizes: dict[str, Any] = {"batch": 64, "epochs": 2, "density": 0.2, "every": 2, "stages": 2, "early_stages": 2}
         task = dataclasses.replace(task, images=images, module=_SMALL[name], **sizes)
     return task if epochs is None else dataclasses.replace(task, epochs=epochs)
 
@@ -175,5 +178,10 @@ def _cnn(folder: pathlib.Path | None) -> Task:
     )
 
 
-TASKS: dict[str, Callable[[pathlib.Path | None], Task]] = {"mlp": _mlp, "nerva": _nerva, "cnn": _cnn}
+def _wide(folder: pathlib.Path | None) -> Task:
+    return dataclasses.replace(_cnn(folder), name="wide", module=Residual((64, 128, 256)), epochs=10)
+
+
+TASKS: dict[str, Callable[[pathlib.Path | None], Task]] = {"mlp": _mlp, "nerva": _nerva, "cnn": _cnn, "wide": _wide}
 _SMALL: dict[str, nn.Module] = {"mlp": MLP(64, 3), "nerva": Hidden((64, 32)), "cnn": Residual((8, 8))}
+_SMALL["wide"] = _SMALL["cnn"]

@@ -21,8 +21,10 @@ def test_every_method_ends_with_as_many_entries(name):
         assert found["seconds"] > 0
         assert found["density in the end"] == pytest.approx(1 if method == "dense" else task.density, abs=0.01)
         assert (found["pattern bytes"] > 0) == (method != "dense")
-        assert [stage["steps"] for stage in found["stages"]] == ([1, 5, 2] if method == "gradual" else [8])
-        assert found["programs"] == {"gradual": 3, "rigl": 1 if name == "mlp" else 4}.get(method, 1)
+        assert [stage["steps"] for stage in found["stages"]] == {"gradual": [1, 5, 2], "early": [1, 3, 4]}.get(
+            method, [8]
+        )
+        assert found["programs"] == {"gradual": 3, "early": 3, "rigl": 1 if name == "mlp" else 4}.get(method, 1)
 
 
 def test_from_the_command_line(tmp_path, monkeypatch, capsys):
