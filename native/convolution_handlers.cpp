@@ -1,34 +1,15 @@
 // What XLA calls for convolutions with sparse kernels.
 #include "handlers.h"
-#include "operands.h"
+#include "window.h"
 
 namespace msbp {
 namespace {
 
-constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-
-using Numbers = ffi::Span<const int64_t>;
-
-// Geometry, from the images and an attribute of [window, stride, dilation, before] of each axis.
 SparseConvolution geometry(const std::vector<int64_t>& x, const std::vector<int64_t>& y, Numbers axes, int64_t groups,
                            int64_t entries, Check& check) {
   SparseConvolution p{};
-  check.range("numbers of the geometry", static_cast<int64_t>(axes.size()), 8, 8);
-  if (!check.good()) return p;
-  const auto axis = [&](int64_t at) {
-    const int64_t* of = axes.begin() + 4 * at;
-    const WindowAxis a{x[1 + at], y[1 + at], of[0], of[1], of[2], of[3]};
-    for (const int64_t size : {a.size, a.out, a.window, a.stride, a.dilation})
-      check.range("sizes of an image and its window", size, 1, 1 << 20);
-    check.range("padding", a.before, -(1 << 20), 1 << 20);
-    return a;
-  };
-  p.vertical = axis(0), p.horizontal = axis(1);
-  p.images = x[0], p.channels = x[3], p.features = y[3], p.groups = groups, p.entries = entries;
-  check.range("images", p.images, 1, kMost);
-  check.range("images of the result", y[0], p.images, p.images);
-  check.range("channels", p.channels, 1, 1 << 20);
-  check.range("features", p.features, 1, 1 << 20);
+  read_images(p, x, y, axes, check);
+  p.groups = groups, p.entries = entries;
   check.range("groups", groups, 1, 1 << 20);
   check.range("entries", entries, 1, kMost);
   if (check.good() && (p.channels % groups != 0 || p.features % groups != 0))

@@ -18,6 +18,7 @@ int main(int count, char** arguments) {
       dither_once(**kernels, pool);
       weights_once(**kernels, pool);
       convolutions_once(**kernels, pool);
+      images_once(**kernels, pool);
     }
     std::printf("%s: %d rounds\n", (*kernels)->name, rounds);
   }

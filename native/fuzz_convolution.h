@@ -18,8 +18,8 @@ WindowAxis random_axis(bool wide = false) {
 }
 
 // Calls body(pixel of x, its pixel of y, place of the window) for every pair of pixels that meet.
-template <typename Body>
-void each_pair(const SparseConvolution& p, const Body& body) {
+template <typename Convolution, typename Body>
+void each_pair(const Convolution& p, const Body& body) {
   const auto at = [](const WindowAxis& a, int64_t out, int64_t k) { return out * a.stride + k * a.dilation - a.before; };
   for (int64_t image = 0; image < p.images; ++image)
     for (int64_t row = 0; row < p.vertical.out; ++row)
@@ -31,6 +31,13 @@ void each_pair(const SparseConvolution& p, const Body& body) {
           body((image * p.vertical.size + i) * p.horizontal.size + j,
                (image * p.vertical.out + row) * p.horizontal.out + column, k);
         }
+}
+
+void demand_all(const std::vector<double>& expected, const Block<float>& got, const char* what, const Kernels& kernels,
+                const MatrixProduct& sizes) {
+  double scale = 0;
+  for (const double v : expected) scale = std::max(scale, std::fabs(v));
+  for (size_t i = 0; i < expected.size(); ++i) demand(near(got[i], expected[i], scale), what, kernels, sizes);
 }
 
 void convolutions_once(const Kernels& kernels, Pool& pool) {
@@ -61,9 +68,7 @@ void convolutions_once(const Kernels& kernels, Pool& pool) {
       }
   });
   const auto compare = [&](const std::vector<double>& expected, const Block<float>& got, const char* what) {
-    double scale = 0;
-    for (const double v : expected) scale = std::max(scale, std::fabs(v));
-    for (size_t i = 0; i < expected.size(); ++i) demand(near(got[i], expected[i], scale), what, kernels, sizes);
+    demand_all(expected, got, what, kernels, sizes);
   };
   Block<float> out(new float[y_size]), out_x(new float[x_size]), out_w(new float[p.entries]);
   p.values = values.data(), p.starts = pattern.starts.get(), p.inner = pattern.inner.get(), p.in = x.data();
@@ -86,6 +91,45 @@ void convolutions_once(const Kernels& kernels, Pool& pool) {
   demand(!kernels.convolution(p, pool) && !kernels.convolution_weight_gradient(d, pool) &&
              !kernels.convolution_input_gradient(t, pool),
          "an index out of range", kernels, sizes);
+}
+
+// Dense convolutions of which some images are left out.
+void images_once(const Kernels& kernels, Pool& pool) {
+  const MatrixProduct sizes = random_sizes();
+  ImagesProduct p{};
+  const int64_t wide = between(0, 9);
+  p.vertical = random_axis(wide == 1), p.horizontal = random_axis(wide == 0);
+  p.images = between(1, 5), p.channels = between(1, 40), p.features = between(1, 70);
+  if (between(0, 9) == 0) p.channels = between(100, 150), p.features = between(100, 150);  // dw by places
+  p.values_bfloat16 = sizes.values_bfloat16, p.other_bfloat16 = sizes.other_bfloat16;
+  const int64_t m = p.channels, n = p.features;
+  const int64_t x_size = p.images * p.vertical.size * p.horizontal.size * m;
+  const int64_t pixels = p.vertical.out * p.horizontal.out, y_size = p.images * pixels * n;
+  const int64_t w_size = p.vertical.window * p.horizontal.window * m * n;
+  const Array g(y_size, p.values_bfloat16, 0), w(w_size, p.other_bfloat16, 0), x(x_size, p.other_bfloat16, 0);
+  Block<float> weight(new float[p.images]);
+  for (int64_t i = 0; i < p.images; ++i) weight[i] = between(0, 2) != 0;
+  std::vector<double> dx(x_size), dw(w_size);
+  each_pair(p, [&](int64_t pixel, int64_t out, int64_t k) {
+    if (weight[out / pixels] == 0) return;
+    for (int64_t c = 0; c < m; ++c)
+      for (int64_t j = 0; j < n; ++j) {
+        const double of_g = g.exact[out * n + j];
+        dx[pixel * m + c] += of_g * w.exact[(k * m + c) * n + j];
+        dw[(k * m + c) * n + j] += of_g * x.exact[pixel * m + c];
+      }
+  });
+  const auto compare = [&](const std::vector<double>& expected, const Block<float>& got, const char* what) {
+    demand_all(expected, got, what, kernels, sizes);
+  };
+  Block<float> out_x(new float[x_size]), out_w(new float[w_size]);
+  p.values = g.data(), p.weight = weight.get();
+  p.other = w.data(), p.out = out_x.get();
+  kernels.images_grad_input(p, pool);
+  compare(dx, out_x, "images_grad_input");
+  p.other = x.data(), p.out = out_w.get();
+  kernels.images_grad_weight(p, pool);
+  compare(dw, out_w, "images_grad_weight");
 }
 
 }  // namespace

@@ -18,6 +18,17 @@ constexpr int kBlockRows = 6;  // of 16 registers
 constexpr int kBlockRows = 4;
 #endif
 
+// out[0, width) += total.
+MSBP_INLINE void add_panel(const Floats* total, float* out, int64_t width) {
+  if (width == kPanel) {
+    for (int v = 0; v < kPanelVectors; ++v) store(out + v * VL, load(out + v * VL) + total[v]);
+    return;
+  }
+  float last[kPanel];
+  for (int v = 0; v < kPanelVectors; ++v) store(last + v * VL, total[v]);
+  for (int64_t i = 0; i < width; ++i) out[i] += last[i];
+}
+
 // out[q][0, width) (+)= sum over t in [0, length) of a[t][q] * panel[t].
 template <int R>
 MSBP_INLINE void multiply(int64_t length, const float* a, const float* panel, bool add, float* const* out,

@@ -182,7 +182,8 @@ NB_MODULE(_native, module) {
     all["msbp_grad_input"] = nb::capsule(reinterpret_cast<void*>(grad_input_handler));
     all["msbp_grad_weight"] = nb::capsule(reinterpret_cast<void*>(grad_weight_handler));
     for (const std::vector<Handler>& some :
-         {rows_handlers(), entries_handlers(), weights_handlers(), unpack_handlers(), convolution_handlers()})
+         {rows_handlers(), entries_handlers(), weights_handlers(), unpack_handlers(), convolution_handlers(),
+          images_handlers()})
       for (const Handler& handler : some) all[handler.name] = nb::capsule(handler.function);
     return all;
   });

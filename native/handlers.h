@@ -16,5 +16,6 @@ std::vector<Handler> entries_handlers();
 std::vector<Handler> weights_handlers();
 std::vector<Handler> unpack_handlers();
 std::vector<Handler> convolution_handlers();
+std::vector<Handler> images_handlers();
 
 }  // namespace msbp

@@ -5,6 +5,7 @@
 #include "dither.h"
 #include "entries.h"
 #include "groups.h"
+#include "images.h"
 #include "lists.h"
 #include "rows.h"
 #include "select.h"
@@ -103,6 +104,14 @@ bool convolution_weight_gradient(const msbp::SparseConvolution& p, msbp::Pool& p
                   [&](auto a, auto b) { return convolution_weight_gradient<decltype(a), decltype(b)>(p, pool); });
 }
 
+void images_grad_input(const msbp::ImagesProduct& p, msbp::Pool& pool) {
+  by_types(p, [&](auto value, auto other) { images_grad_input<decltype(value), decltype(other)>(p, pool); });
+}
+
+void images_grad_weight(const msbp::ImagesProduct& p, msbp::Pool& pool) {
+  by_types(p, [&](auto value, auto other) { images_grad_weight<decltype(value), decltype(other)>(p, pool); });
+}
+
 void dither(const msbp::Dither& d, msbp::Pool& pool) {
   d.bfloat16 ? dither<uint16_t>(d, pool) : dither<float>(d, pool);
 }
@@ -137,6 +146,8 @@ const Kernels MSBP_JOIN(MSBP_KERNELS, _kernels) = {MSBP_TEXT(MSBP_KERNELS),
                                                    largest,
                                                    convolution,
                                                    convolution_input_gradient,
-                                                   convolution_weight_gradient};
+                                                   convolution_weight_gradient,
+                                                   images_grad_input,
+                                                   images_grad_weight};
 
 }  // namespace msbp

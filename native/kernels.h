@@ -140,6 +140,17 @@ struct SparseConvolution {
   float* out;
 };
 
+// dx or dw of a dense convolution with a kernel [window, channels, features], on the images that are kept: images.h.
+struct ImagesProduct {
+  WindowAxis vertical, horizontal;
+  int64_t images, channels, features;
+  const void* values;   // g [images, height, width, features]
+  const float* weight;  // [images], 0 for one that is left out
+  const void* other;    // the kernel, or for dw x [images, height, width, channels]
+  bool values_bfloat16, other_bfloat16;
+  float* out;
+};
+
 struct Kernels {
   const char* name;
   void (*select)(const Select&, Pool&);
@@ -160,6 +171,8 @@ struct Kernels {
   bool (*convolution)(const SparseConvolution&, Pool&);   // as weight_times
   bool (*convolution_input_gradient)(const SparseConvolution&, Pool&);
   bool (*convolution_weight_gradient)(const SparseConvolution&, Pool&);
+  void (*images_grad_input)(const ImagesProduct&, Pool&);
+  void (*images_grad_weight)(const ImagesProduct&, Pool&);
 };
 
 // Every instruction set that this build has and this processor runs, best first; the last is the portable one.

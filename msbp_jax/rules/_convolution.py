@@ -1,6 +1,7 @@
 """`lax.conv_general_dilated` as an operation of a rule: rows are the positions of all images, n the output channels.
 
-One choice for the whole batch makes both products convolutions with fewer output channels. Other groups go through the
+One choice for the whole batch makes both products convolutions with fewer output channels; of images that are left out,
+both are those of the others. Other groups go through the
 kernels, on the patches of the input, where that is faster; else the convolution runs whole, on the sparse gradient, as
 grouped convolutions (depthwise among them) always do.
 """
@@ -17,8 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from msbp_jax import kernels
-from msbp_jax.rules._operation import AsMatrices, Dims, Matrices, Operands, Shape
+from msbp_jax import _compat, kernels
+from msbp_jax.kernels import images as of_images
+from msbp_jax.kernels.convolutions.geometry import Geometry
+from msbp_jax.rules._operation import AsMatrices, Dims, Examples, Matrices, Operands, Shape
 from msbp_jax.rules._patches import Window
 
 
@@ -79,12 +82,52 @@ class Convolution:
         pay = kernels.patches_pay(rhs[features_in], rhs[features_out], window, stride)
         return Matrices.BY_PATCHES if backend is not None or pay else Matrices.NOT
 
+    def examples(self, lhs: Shape, rhs: Shape, dtype: Any, backend: str | None) -> Examples | None:
+        """Return how images are left out: natively on a CPU, whose convolutions in a branch of XLA's are too slow."""
+        axis = self.dimension_numbers.lhs_spec[0]
+        if self.batch_group_count > 1 or backend == "dense" or _compat.is_symbolic(lhs[axis]):
+            return None
+        if backend in (None, "native") and self._runs_natively(lhs, rhs, dtype):
+            return Examples("native", axis, products=self._native_products)
+        on_cpu = "cpu" in kernels.platform_names()
+        return None if on_cpu and backend != "xla" else Examples("xla", axis)
+
+    def _native_products(
+        self, operands: Operands, g: jax.Array, kept: Float[Array, " images"]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the gradients of images and kernel, float32 sums; images that are left out are not computed."""
+        x, w = operands
+        x_order, w_order = features_last(self.dimension_numbers.lhs_spec), _kernel_order(self.dimension_numbers)
+        geometry = self._geometry(w.shape)
+        images, kernel = jnp.transpose(x, x_order), jnp.transpose(w, w_order)
+        g = jnp.transpose(g, features_last(self.dimension_numbers.out_spec))
+        dx = of_images.grad_input(g, kept, kernel, geometry, images.shape[1:-1])
+        dw = of_images.grad_weight(g, kept, images, geometry)
+        dx, dw = jnp.transpose(dx, inverse(x_order)), jnp.transpose(dw, inverse(w_order))
+        return dx.astype(x.dtype), dw.astype(w.dtype)
+
+    def _runs_natively(self, lhs: Shape, rhs: Shape, dtype: Any) -> bool:
+        if any(step != 1 for step in self.lhs_dilation):
+            return False
+        images = tuple(lhs[axis] for axis in features_last(self.dimension_numbers.lhs_spec))
+        features = int(rhs[self.dimension_numbers.rhs_spec[0]])
+        return of_images.runs(self._geometry(rhs), images, features, dtype)
+
+    def _geometry(self, rhs: Shape) -> Geometry:
+        return Geometry(
+            window=tuple(int(rhs[axis]) for axis in self.dimension_numbers.rhs_spec[2:]),
+            strides=self.window_strides,
+            padding=self.padding,
+            dilation=self.rhs_dilation,
+            groups=self.feature_group_count,
+        )
+
     def as_matrices(self, operands: Operands, out: Shape) -> AsMatrices:
         """Return the windows of the input laid out as rows, and the kernel as a matrix."""
         x, w = operands
         x_order = features_last(self.dimension_numbers.lhs_spec)
-        features_out, features_in, *spatial = self.dimension_numbers.rhs_spec
-        w_order = (*spatial, features_in, features_out)
+        features_out, _, *spatial = self.dimension_numbers.rhs_spec
+        w_order = _kernel_order(self.dimension_numbers)
         window = Window(
             size=tuple(w.shape[axis] for axis in spatial),
             strides=self.window_strides,
@@ -117,6 +160,12 @@ def features_last(spec: Sequence[int]) -> Shape:
     """Return the permutation to (batch, positions, features) for a spec of (batch, features, positions)."""
     batch, features, *spatial = spec
     return (batch, *spatial, features)
+
+
+def _kernel_order(numbers: lax.ConvDimensionNumbers) -> Shape:
+    """Return the permutation of a kernel's axes to (window, channels, features)."""
+    features_out, features_in, *spatial = numbers.rhs_spec
+    return (*spatial, features_in, features_out)
 
 
 def inverse(order: Shape) -> Shape:

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from msbp_jax.rules._contraction import Contraction, DimensionNumbers, Side, contraction
-from msbp_jax.rules._operation import AsMatrices, Dims, Matrices, Operands, Shape
+from msbp_jax.rules._operation import AsMatrices, Dims, Examples, Matrices, Operands, Shape
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +76,11 @@ class DotGeneral:
         return AsMatrices(
             algebra.canonical_x(x), algebra.canonical_w(w), algebra.feature_axis, self.precision, give_back
         )
+
+    def examples(self, lhs: Shape, rhs: Shape, dtype: Any, backend: str | None) -> Examples | None:
+        """Return None: the kernels leave out rows."""
+        del lhs, rhs, dtype, backend
+        return None
 
     @property
     def narrows(self) -> bool:

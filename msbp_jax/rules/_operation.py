@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from msbp_jax import _compat
 from msbp_jax.formats import Size
@@ -75,6 +75,17 @@ class Operation(Protocol):
         """Return it as a product of matrices; asked only where `matrices_by` gives a way."""
         ...
 
+    def examples(self, lhs: Shape, rhs: Shape, dtype: Any, backend: str | None) -> Examples | None:
+        """Say how it leaves out whole examples; None where all of it has to run, or where its rows are left out.
+
+        Args:
+          lhs: Shape of the left operand.
+          rhs: Shape of the right operand.
+          dtype: Of the cotangent.
+          backend: Backend that is asked for; None to choose.
+        """
+        ...
+
     @property
     def narrows(self) -> bool:
         """Whether fewer output features make a smaller contraction of the same kind."""
@@ -93,6 +104,24 @@ class Matrices(enum.Enum):
     BY_PATCHES = "by patches"
     BY_ENTRIES = "by entries"  # of a weight that is sparse
     NOT = "not"
+
+
+class Examples(NamedTuple):
+    """How an operation, whose left operand has the examples, leaves some of them out.
+
+    Attributes:
+      backend: "native" or "xla".
+      axis: Of the examples, in the left operand.
+      rest: Takes the operands from the third on and which examples are kept, `[examples]`, and returns those for the
+        kept ones in their order, followed by any others.
+      products: In native code: takes the operands, g as the program has it and 0 for each example that is left out,
+        `[examples]`, float32; returns the gradients of the first two.
+    """
+
+    backend: str
+    axis: int
+    rest: Callable[[Operands, Bool[Array, " examples"]], Operands] = lambda rest, kept: rest
+    products: Callable[[Operands, jax.Array, Float[Array, " examples"]], tuple[jax.Array, jax.Array]] | None = None
 
 
 class AsMatrices(NamedTuple):

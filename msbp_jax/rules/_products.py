@@ -5,6 +5,7 @@
 | rows | is a product of matrices | has products |
 | narrow | becomes smaller with fewer output features | is 0 outside a few columns, the same for all rows |
 | patches | becomes a product of matrices on patches of its input | has products, also on patches |
+| examples | can leave out examples | leaves out rows |
 | dense | | |
 
 The first whose line holds is taken; rule and report read the same table. On the path of rows, a cotangent that knows
@@ -16,6 +17,7 @@ itself, and else the last path.
 from __future__ import annotations
 
 import enum
+import functools
 from typing import Any
 
 import jax
@@ -23,8 +25,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from msbp_jax import kernels
-from msbp_jax.formats import Format
-from msbp_jax.rules._operation import Dims, Matrices, Operands, Operation, Shape
+from msbp_jax.formats import Format, Rows
+from msbp_jax.rules._operation import Dims, Examples, Matrices, Operands, Operation, Shape
 
 
 class Path(enum.Enum):
@@ -33,6 +35,7 @@ class Path(enum.Enum):
     ROWS = "rows"
     NARROW = "narrow"
     PATCHES = "patches"
+    EXAMPLES = "examples"
     DENSE = "dense"
 
 
@@ -51,6 +54,7 @@ def path_of(p: Format, operation: Operation, lhs: Shape, rhs: Shape, backend: st
         Path.ROWS: matrices is Matrices.DIRECTLY and p.has_products and not (backend == "dense" and p.brings_products),
         Path.NARROW: operation.narrows and p.columns_are_shared and backend in (None, "xla"),
         Path.PATCHES: matrices is Matrices.BY_PATCHES and p.has_products and p.pays_on_patches and backend != "dense",
+        Path.EXAMPLES: _examples(p, operation, lhs, rhs, backend) is not None,
         Path.DENSE: True,
     }
     return next(path for path, holds in table.items() if holds)
@@ -77,8 +81,47 @@ def products(
             return _by_matrices(operation, operands, p, dims, out, backend)
         case Path.NARROW:
             return _narrow(operation, operands, p, out)
+        case Path.EXAMPLES:
+            return _on_examples(operation, operands, p, dims, out, backend)
         case Path.DENSE:
             return _on_matrix(operation, operands, p, dims, out)
+
+
+def _examples(p: Format, operation: Operation, lhs: Shape, rhs: Shape, backend: str | None) -> Examples | None:
+    """Return how examples are left out, if what is kept are rows."""
+    if not isinstance(p, Rows) or not kernels.skips(p):
+        return None
+    return operation.examples(lhs, rhs, p.values.dtype, backend)
+
+
+def _on_examples(
+    operation: Operation, operands: Operands, p: Format, dims: Dims, out: Shape, backend: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """Return the products of the examples that have a row which is kept: XLA's take the next of a few sizes."""
+    how = _examples(p, operation, operands[0].shape, operands[1].shape, backend)
+    assert isinstance(p, Rows)
+    assert how is not None
+    values, kept = p.materialize(), p.kept_rows().reshape(dims.examples, -1).any(axis=1)
+    if how.products is not None:
+        return how.products(operands, operation.program_g(values[None], operands, out), kept.astype(jnp.float32))
+    examples = Rows(values.reshape(dims.examples, -1), kept.astype(jnp.float32), unchanged=True)
+    x, w, *others = operands
+    rest = how.rest(tuple(others), kept)
+
+    def product(of: int, at: jax.Array, g: jax.Array) -> jax.Array:
+        some = jnp.take(x, at, axis=how.axis, mode="clip")
+        y, pull_back = jax.vjp(lambda x, w: operation.forward(x, w, *rest), some, w)
+        # As many rows for each example as before.
+        g = operation.program_g(g.reshape(1, -1, dims.n), (some, w, *rest), y.shape)
+        found: jax.Array = pull_back(g.astype(y.dtype))[of]
+        if of == 1:
+            return found
+        place: tuple[Any, ...] = (*(slice(None),) * how.axis, at)
+        return jnp.zeros_like(x).at[place].set(found, mode="promise_in_bounds", unique_indices=True)
+
+    whole = lambda of: _on_matrix(operation, operands, p, dims, out)[of]
+    dx, dw = (kernels.climb(examples, functools.partial(product, of), functools.partial(whole, of)) for of in range(2))
+    return dx, dw
 
 
 def dense_products(operation: Operation, operands: Operands, g: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,7 +1,8 @@
 """`lax.ragged_dot` as an operation of a rule: each run of rows has an expert's matrix of its own.
 
-One choice for the whole batch makes both products ragged products with fewer output features. Other groups run whole,
-on the sparse gradient: their rows may belong to several experts.
+One choice for the whole batch makes both products ragged products with fewer output features; of rows that are left
+out, both are ragged products of the others. Other groups run whole, on the sparse gradient: their rows may belong to
+several experts.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from msbp_jax.rules._operation import AsMatrices, Dims, Matrices, Operands, Shape
+from msbp_jax import _compat
+from msbp_jax.rules._operation import AsMatrices, Dims, Examples, Matrices, Operands, Shape
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,13 @@ class RaggedDot:
         """Never asked."""
         raise NotImplementedError
 
+    def examples(self, lhs: Shape, rhs: Shape, dtype: Any, backend: str | None) -> Examples | None:
+        """Return how rows are left out, unless experts are numbered from an offset."""
+        del rhs, dtype
+        if backend == "dense" or self.group_offset is not None or _compat.is_symbolic(*lhs):
+            return None
+        return Examples("xla", 0, _recounted)
+
     @property
     def narrows(self) -> bool:
         """True: fewer features make a smaller ragged product."""
@@ -75,3 +85,11 @@ class RaggedDot:
     def feature_axis(self) -> int:
         """The last one."""
         return 2
+
+
+def _recounted(rest: Operands, kept: Bool[Array, " rows"]) -> Operands:
+    """Return how many rows that are kept each expert has; those that follow them are no expert's."""
+    (sizes,) = rest
+    before = jnp.concatenate([jnp.zeros((1,), sizes.dtype), jnp.cumsum(kept, dtype=sizes.dtype)])
+    ends = jnp.minimum(jnp.cumsum(sizes), kept.shape[0])
+    return (jnp.diff(before[ends], prepend=jnp.zeros((1,), sizes.dtype)),)

@@ -17,7 +17,7 @@ from msbp_jax import _compat
 from msbp_jax.kernels import convolutions
 from msbp_jax.kernels.convolutions import Geometry
 from msbp_jax.rules._convolution import Convolution, features_last, inverse
-from msbp_jax.rules._operation import AsMatrices, Dims, Matrices, Operands, Shape
+from msbp_jax.rules._operation import AsMatrices, Dims, Examples, Matrices, Operands, Shape
 from msbp_jax.weights import Pattern, SparseWeight
 
 
@@ -96,6 +96,11 @@ class SparseConvolution:
         x, values, *arrays = operands
         kernel = SparseWeight(values, jax.tree.unflatten(self.structure, arrays)).dense()
         return self.dense.as_matrices((x, kernel), out)
+
+    def examples(self, lhs: Shape, rhs: Shape, dtype: Any, backend: str | None) -> Examples | None:
+        """Return None: its products are those of the entries."""
+        del lhs, rhs, dtype, backend
+        return None
 
     @property
     def narrows(self) -> bool:

@@ -17,7 +17,7 @@ from msbp_jax import _compat
 from msbp_jax.kernels import weights
 from msbp_jax.rules._contraction import Contraction, contraction
 from msbp_jax.rules._dot_general import DotGeneral
-from msbp_jax.rules._operation import AsMatrices, Dims, Matrices, Operands, Shape
+from msbp_jax.rules._operation import AsMatrices, Dims, Examples, Matrices, Operands, Shape
 from msbp_jax.weights import Pattern, SparseWeight
 
 
@@ -89,6 +89,11 @@ class SparseDot:
         x, values = (rhs, lhs) if self.dot.side == "lhs" else (lhs, rhs)
         dense = SparseWeight(values, jax.tree.unflatten(self.structure, arrays), self.exchanged).dense()
         return self.dot.as_matrices((dense, x) if self.dot.side == "lhs" else (x, dense), out)
+
+    def examples(self, lhs: Shape, rhs: Shape, dtype: Any, backend: str | None) -> Examples | None:
+        """Return None: its products are those of the entries."""
+        del lhs, rhs, dtype, backend
+        return None
 
     @property
     def narrows(self) -> bool:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from msbp_jax import kernels
-from msbp_jax.formats import Columns, Entries, Format
+from msbp_jax.formats import Columns, Entries, Format, Rows
 from msbp_jax.kernels.choice import target
 from msbp_jax.kernels.choice.advice import note, warning
 from msbp_jax.kernels.choice.layer import Layer, layer_of
@@ -62,6 +62,11 @@ class SparseRow:
     instances: int
     warning: str
 
+
+_WHOLE_EXAMPLES = (
+    "its products run whole: native kernels leave out images of plain convolutions alone on a CPU (no groups, not "
+    "transposed, float32 or bfloat16), as XLA's convolutions in branches take tens of times as long there."
+)
 
 _BY = (
     "{}: what is saved is the share of the {} that are left out; while none is, looking for them costs a few percent "
@@ -194,6 +199,9 @@ def _chosen(site: Site, p: Format, paths: list[Path], backend: str | None) -> st
     names = []
     for q, path in zip(p.parts, paths, strict=True):
         kernel = "xla, 8 bits" if _in_8_bits(q) else backend or _fastest(site, q)
+        if path is Path.EXAMPLES:
+            names.append(_by_examples(site, q, backend))
+            continue
         labels = {Path.ROWS: kernel, Path.PATCHES: f"{kernel}, patches", Path.NARROW: "xla, narrow"}
         names.append(labels.get(path, "xla, dense"))
     return names[0] if names[0] == names[1] else f"dx {names[0]}; dw {names[1]}"
@@ -209,6 +217,16 @@ def _fastest(site: Site, p: Format) -> str:
         return "xla, dense"
     backend = "native" if kernels.skips_natively() else "xla"
     return f"{backend}, below {kernels.pays_below(p):.0%} of the {p.skips}"
+
+
+def _by_examples(site: Site, p: Format, backend: str | None) -> str:
+    assert site.operation is not None
+    assert isinstance(p, Rows)
+    how = site.operation.examples(site.found.lhs.shape, site.found.rhs.shape, p.values.dtype, backend)
+    assert how is not None
+    what = "images" if site.found.primitive == "conv_general_dilated" else "rows"
+    below = "" if how.backend == "native" else f", below {kernels.pays_below(p):.0%} of the {what}"
+    return f"{how.backend}, {what} that are kept{below}"
 
 
 def _skips(p: Format, backend: str | None) -> bool:
@@ -235,6 +253,8 @@ def _warning(site: Site, p: Format, paths: list[Path], backend: str | None) -> s
         return f"{slower}{type(whole[0]).__name__} has no products of its own."
     if backend == "dense":
         return f'{slower}backend="dense" asks for it.'
+    if any(isinstance(q, Rows) for q in whole):
+        return _WHOLE_EXAMPLES
     if not any(q.pays_on_patches for q in whole):
         skipped = whole[0].skips
         return f"its products run whole: {skipped} are left out of matrix products, and not yet of other contractions."

@@ -192,20 +192,3 @@ def test_the_report_says_which_rows_and_up_to_which_share():
 def test_the_report_names_the_backend_that_is_asked_for():
     report = msbp.sparse_vjp(mlp, SKIP, backend="xla").report(PARAMS, X)
     assert {row.backend for row in report.sparse} == {"xla"}
-
-
-@pytest.mark.parametrize("padding", ["SAME", "VALID"])
-def test_convolutions_run_whole_and_the_report_says_so(padding):
-    def network(w, x):
-        return lax.conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-    f = msbp.sparse_vjp(network, SKIP)
-    w, x = random_gradient(0, 27, 64).reshape(3, 3, 3, 64), random_gradient(1, 4 * 36, 3).reshape(4, 6, 6, 3)
-    mask = jnp.array([1.0, 0, 1, 0])[:, None, None, None]
-    grad = lambda f: jax.grad(lambda w, x: (jnp.sin(f(w, x)) * mask).sum(), argnums=(0, 1))(w, x)
-    assert_trees_equal(grad(f), grad(network))
-    report = f.report(w, x)
-    assert report.sparse[0].backend == "xla, dense"
-    assert not report.sparse[0].skips
-    said = "its products run whole: rows are left out of matrix products, and not yet of other contractions"
-    assert said in report.sparse[0].warning

@@ -7,10 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from msbp_jax.kernels.convolutions.geometry import Geometry, Shape
+from msbp_jax.kernels.convolutions.geometry import Geometry, Shape, as_images, two_axes
 from msbp_jax.kernels.native import calls
 from msbp_jax.weights import Pattern
 
@@ -46,8 +45,8 @@ def times(
     """See `msbp_jax.kernels.convolutions.times`."""
     del precision
     positions = geometry.positions(x.shape[1:-1])
-    operands = [values, pattern.starts, pattern.inputs, pattern.order, _image(x)]
-    result = (x.shape[0], *_two(positions), pattern.shape[-1])
+    operands = [values, pattern.starts, pattern.inputs, pattern.order, as_images(x)]
+    result = (x.shape[0], *two_axes(positions), pattern.shape[-1])
     y = _call("sparse_convolution", operands, result, geometry, x.shape[0], of_gradient=False)
     return y.reshape(x.shape[0], *positions, pattern.shape[-1])
 
@@ -62,8 +61,8 @@ def input_gradient(
 ) -> Float[Array, "images *pixels channels"]:
     """See `msbp_jax.kernels.convolutions.input_gradient`."""
     del precision
-    operands = [values, pattern.input_starts, pattern.features, pattern.order, _image(g)]
-    result = (shape[0], *_two(shape[1:-1]), shape[-1])
+    operands = [values, pattern.input_starts, pattern.features, pattern.order, as_images(g)]
+    result = (shape[0], *two_axes(shape[1:-1]), shape[-1])
     return _call("sparse_convolution", operands, result, geometry, g.shape[0], of_gradient=True).reshape(shape)
 
 
@@ -76,29 +75,14 @@ def weight_gradient(
 ) -> Float[Array, " entries"]:
     """See `msbp_jax.kernels.convolutions.weight_gradient`."""
     del precision
-    operands = [_image(x), _image(g), pattern.starts, pattern.inputs]
+    operands = [as_images(x), as_images(g), pattern.starts, pattern.inputs]
     return _call("sparse_convolution_gradient", operands, (pattern.entries,), geometry, x.shape[0])
 
 
 def _call(
     name: str, operands: list[jax.Array], result: Shape, geometry: Geometry, images: int, **attributes: Any
 ) -> jax.Array:
-    axes = [
-        (window, stride, dilation, pad[0])
-        for window, stride, pad, dilation in zip(
-            geometry.window, geometry.strides, geometry.padding, geometry.dilation, strict=True
-        )
-    ]
-    flat = np.asarray([(1, 1, 1, 0)] * (2 - len(axes)) + axes, np.int64).ravel()
     split = (f"native {name}", images, 1)
     return calls.call(
-        name, operands, [(result, jnp.float32)], split=split, axes=flat, groups=geometry.groups, **attributes
+        name, operands, [(result, jnp.float32)], split=split, axes=geometry.axes, groups=geometry.groups, **attributes
     )[0]
-
-
-def _image(x: jax.Array) -> jax.Array:
-    return x if x.ndim == 4 else x[:, None]
-
-
-def _two(sizes: Shape) -> Shape:
-    return sizes if len(sizes) == 2 else (1, *sizes)

@@ -55,6 +55,8 @@ SPLITS = {
     "native weight_gradient": Split("{rows} m, {rows} n, a, b -> c"),
     "native sparse_convolution": Split("a, b, c, d, {rows} h w m -> {rows} p q n"),
     "native sparse_convolution_gradient": Split("{rows} h w m, {rows} p q n, a, b -> c"),
+    "native images_grad_input": Split("{rows} p q n, {rows}, a b m c -> {rows} h w d"),
+    "native images_grad_weight": Split("{rows} p q n, {rows}, {rows} h w m -> a b c d"),
     "native rows grad_weight": Split("{rows} n, {rows}, {rows} m -> a b"),
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from msbp_jax.kernels.rows.grad_input import IMPLEMENTATIONS as _GRAD_INPUT
 from msbp_jax.kernels.rows.grad_weight import IMPLEMENTATIONS as _GRAD_WEIGHT
+from msbp_jax.kernels.rows.ladder import climb as climb
 from msbp_jax.kernels.rows.ladder import largest_of_members as largest_of_members
 from msbp_jax.kernels.rows.live import live_rows as live_rows
 
