@@ -79,15 +79,26 @@ class LSTM(nn.Module):
 
 
 class CNN(nn.Module):
-    """Three convolutions, no normalization, and a linear layer."""
+    """Three convolutions and a linear layer.
+
+    Attributes:
+      channels: Of the first.
+      norm: Whether there is batch norm after each convolution; with the statistics of the batch at hand, always.
+    """
 
     channels: int
+    norm: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return logits `[batch, 10]`."""
         for factor in (1, 2, 4):
-            x = nn.relu(nn.Conv(factor * self.channels, (3, 3))(x))
+            x = nn.Conv(factor * self.channels, (3, 3))(x)
+            if self.norm:
+                scale = self.param(f"scale{factor}", nn.initializers.ones, x.shape[-1:])
+                shift = self.param(f"shift{factor}", nn.initializers.zeros, x.shape[-1:])
+                x = jax.nn.standardize(x, axis=(0, 1, 2), epsilon=1e-5) * scale + shift
+            x = nn.relu(x)
             x = nn.avg_pool(x, (2, 2), (2, 2))
         return nn.Dense(10)(x.reshape(len(x), -1))
 

@@ -7,6 +7,7 @@ from benchmarks.suite import (
     compile_time,
     convolutions,
     entries,
+    kept_images,
     layers,
     layout,
     rows,
@@ -58,6 +59,9 @@ PARTS = {
     ),
     "sparse conv steps": Part(
         "a step of a ResNet-18 with sparse kernels, over densities", 5, sparse_convolutions.measure_steps
+    ),
+    "kept images": Part(
+        "backward of dense convolutions on the images that are kept, over their share", 7, kept_images.measure
     ),
     "steps": Part(
         "whole training steps: networks, optimizers, the bound of Amdahl's law, PyTorch",

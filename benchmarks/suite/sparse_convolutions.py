@@ -175,10 +175,14 @@ def _dense(layer: Layer, x: jax.Array, w: jax.Array, g: jax.Array) -> Any:
     return y, pull_back(g)
 
 
-def _in_chunks(layer: Layer, x: jax.Array, w: jax.Array, g: jax.Array) -> Any:
-    y, of_x = jax.vjp(lambda x: convolution(layer, w, x), x)
+def gradients_in_chunks(layer: Layer, x: jax.Array, w: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return dx and dw as XLA computes them, dw in chunks of output channels."""
     chunks = [
         jax.vjp(lambda w: convolution(layer, w, x), part)[1](of_part)[0]
         for part, of_part in zip(jnp.split(w, CHUNKS, axis=-1), jnp.split(g, CHUNKS, axis=-1), strict=True)
     ]
-    return y, of_x(g)[0], jnp.concatenate(chunks, axis=-1)
+    return jax.vjp(lambda x: convolution(layer, w, x), x)[1](g)[0], jnp.concatenate(chunks, axis=-1)
+
+
+def _in_chunks(layer: Layer, x: jax.Array, w: jax.Array, g: jax.Array) -> Any:
+    return convolution(layer, w, x), *gradients_in_chunks(layer, x, w, g)

@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("tasks", nargs="*", choices=tuple(tasks.TASKS), metavar="task", help="all of them by default")
     p.add_argument("--data", type=pathlib.Path, help="folder with MNIST, EWT and CIFAR-10")
     p.add_argument("--out", type=pathlib.Path, help="folder; benchmarks/results/time_to_accuracy by default")
-    p.add_argument("--seeds", type=int, help="5 by default, 3 for the CNN")
+    p.add_argument("--seeds", type=int, help="5 by default, 3 for CNNs")
     p.add_argument("--only", nargs="*", help="names of methods")
     p.add_argument("--small", action="store_true", help="minute sizes; written into build/benchmarks")
     return p
@@ -115,9 +115,8 @@ def main(arguments: list[str] | None = None) -> None:
     out = args.out or (paths.SMALL if args.small else paths.RESULTS) / "time_to_accuracy"
     for name in args.tasks or tasks.TASKS:
         task = tasks.make(name, args.data, small=args.small)
-        known = methods.names(task)
-        chosen = [method for method in known if args.only is None or method in args.only]
-        seeds = args.seeds or (1 if args.small else 3 if name == "cnn" else 5)
+        chosen = [method for method in methods.NAMES if args.only is None or method in args.only]
+        seeds = args.seeds or (1 if args.small else 3 if name.startswith("cnn") else 5)
         found = measure(Runs(task, out / name), chosen, seeds)
         print("\n" + summary.write(out, name, found), flush=True)
 

@@ -19,6 +19,11 @@ from msbp_jax.sparsifiers._draw import draw
 
 REFERENCE = "rows .95"
 UNIFORM = "uniform rows"  # of the density that the reference had
+NAMES = (
+    *("dense", "dense B/2", "dense B/4", "dense B/8"),
+    *("rows .95", "rows .95 B/4", "rows .95 B/8", "rows .9", "rows 1", UNIFORM),
+    *("dithered 4", "dithered 4 B/8", "top-k", "MSBP"),
+)  # in the order in which they are run
 
 
 class Method(NamedTuple):
@@ -35,19 +40,12 @@ class Method(NamedTuple):
     density: float | None = None
 
 
-def names(task: Task) -> list[str]:
-    """Return the methods of a task in the order in which they are run."""
-    dense = ["dense", "dense B/2", "dense B/4", "dense B/8"]
-    rows = ["rows .95", "rows .95 B/4", "rows .95 B/8", "rows .9", "rows 1", UNIFORM] if task.samples_rows else []
-    return [*dense, *rows, "dithered 4", "dithered 4 B/8", "top-k", "MSBP"]
-
-
 def make(task: Task, name: str, density: float) -> Method:
     """Return a method.
 
     Args:
       task: For which.
-      name: One of its `names`.
+      name: One of `NAMES`.
       density: What uniform rows keep.
     """
     share, group = task.columns

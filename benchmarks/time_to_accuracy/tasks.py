@@ -6,6 +6,7 @@
 | tagger | LSTM, Adam | EWT, universal tags | a sentence | made-up sentences |
 | transformer | encoder of two blocks, Adam | EWT, universal tags | a sentence | made-up sentences |
 | cnn | three convolutions without normalization, Adam | CIFAR-10 | an image | digits |
+| cnn_norm | the same with batch norm | the same | an image | digits |
 | language | causal transformer, Adam, a single epoch | characters of Python's library | a window | the same |
 
 In the last one hardly an example is learned before it is gone: what sampling must not make worse.
@@ -49,7 +50,6 @@ class Task:
       batch: B, examples of a step.
       budgets: Seconds of training.
       columns: Density and rows per group of top-k and MSBP.
-      samples_rows: Whether there are rows to be sampled.
       epochs: How often an example may be seen; None for as often as there is time.
       in_loops: Whether steps and batches of tests are taken in loops of XLA's. On a CPU convolutions in one take many
         times as long.
@@ -67,7 +67,6 @@ class Task:
     budgets: tuple[float, ...]
     columns: tuple[float, int | None]
     masked: bool = False
-    samples_rows: bool = True
     epochs: int | None = None
     in_loops: bool = True
 
@@ -172,9 +171,12 @@ def _cnn(folder: pathlib.Path | None, small: bool) -> Task:
         batch=256,
         budgets=(10, 20, 40),
         columns=(0.5, None),
-        samples_rows=False,
         in_loops=False,
     )
+
+
+def _cnn_norm(folder: pathlib.Path | None, small: bool) -> Task:
+    return dataclasses.replace(_cnn(folder, small), name="cnn_norm", module=CNN(16 if small else 32, norm=True))
 
 
 def _words(folder: pathlib.Path | None) -> tuple[dict[str, Any], tagging.Tagging]:
@@ -248,4 +250,11 @@ def _images(images: Images) -> dict[str, Any]:
     }
 
 
-TASKS = {"mnist": _mnist, "tagger": _tagger, "transformer": _transformer, "cnn": _cnn, "language": _language}
+TASKS = {
+    "mnist": _mnist,
+    "tagger": _tagger,
+    "transformer": _transformer,
+    "cnn": _cnn,
+    "cnn_norm": _cnn_norm,
+    "language": _language,
+}

@@ -21,7 +21,7 @@ GROUPS = [
     ["rows", "padding", "entries"],
     ["weights", "weight steps"],
     ["sparse conv", "sparse conv steps"],
-    ["compile", "conv"],
+    ["compile", "conv", "kept images"],
 ]
 
 

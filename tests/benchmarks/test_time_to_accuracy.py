@@ -33,11 +33,17 @@ def test_a_task_from_the_command_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("tagger", "rows .9"), ("transformer", "uniform rows"), ("cnn", "MSBP"), ("language", "rows .95")],
+    [
+        ("tagger", "rows .9"),
+        ("transformer", "uniform rows"),
+        ("cnn", "MSBP"),
+        ("cnn_norm", "rows .95"),
+        ("language", "rows .95"),
+    ],
 )
 def test_every_task(name, method):
     task = tasks.make(name, None, small=True)
-    assert method in methods.names(task)
+    assert method in methods.NAMES
     points = list(Trainer(task, methods.make(task, method, 0.5)).run(task.rates[0], 0, 0.1))
     assert all(np.isfinite([point.loss, point.accuracy]).all() for point in points)
     assert method != methods.UNIFORM or points[-1].density == 0.5
