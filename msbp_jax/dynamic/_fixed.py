@@ -21,6 +21,7 @@ from msbp_jax.dynamic._schedule import (
     SparsityState,
     check_still_sparse,
     leaves_of,
+    mark,
     patterns_of,
     started,
     with_leaves,
@@ -83,7 +84,7 @@ class Exchange(SparsitySchedule):
             raise ValueError(
                 f"The state of {type(self).__name__} has no key: schedule.init(variables, jax.random.key(0))."
             )
-        self.check(variables, state)
+        self._check_sizes(variables, state)
         check_still_sparse(variables, state)
         patterns = self._changing(variables)
         params = leaves_of(variables["params"])
@@ -106,22 +107,24 @@ class Exchange(SparsitySchedule):
                 {name: replacement.pattern for name, replacement in new.items()},
                 {name: follow(name, array) for name, array in values.items()},
                 [follow(name, array) for name, array in zip(owned, moments, strict=True)],
+                {name: mark(replacement.pattern) for name, replacement in new.items()},
             )
 
         owned = [name for name in whose if name is not None]
         moments = [leaf for leaf, name in zip(leaves, whose, strict=True) if name is not None]
         operands = (patterns, {name: jnp.asarray(params[name]) for name in patterns}, list(map(jnp.asarray, moments)))
-        due = self.due(state)
+        due, marks = self.due(state), {name: jnp.asarray((state.marks or {})[name]) for name in patterns}
+        found = (*operands, marks)
         if isinstance(due, _compat.Tracer):
-            operands = jax.lax.cond(due, exchange, lambda *operands: operands, *operands)
+            found = jax.lax.cond(due, exchange, lambda *operands: (*operands, marks), *operands)
         elif bool(due):
-            operands = exchange(*operands)
-        new_patterns, values, moments = operands
+            found = exchange(*operands)
+        new_patterns, values, moments, marks = found
         following = iter(moments)
         leaves = [leaf if name is None else next(following) for leaf, name in zip(leaves, whose, strict=True)]
-        found = {**variables, "params": with_leaves(variables["params"], values)}
-        found[SPARSITY] = with_new_patterns(variables[SPARSITY], new_patterns)
-        return found, jax.tree.unflatten(structure, leaves), state._replace(step=step)
+        new = {**variables, "params": with_leaves(variables["params"], values)}
+        new[SPARSITY] = with_new_patterns(variables[SPARSITY], new_patterns)
+        return new, jax.tree.unflatten(structure, leaves), state._replace(step=step, marks=marks)
 
     def share(self, step: jax.Array) -> jax.Array:
         """Return the share of the entries that is dropped at a step."""

@@ -20,6 +20,7 @@ from msbp_jax.dynamic._schedule import (
     SparsityState,
     check_key,
     check_variables,
+    marks_of,
     patterns_of,
     sizes_of,
 )
@@ -137,7 +138,7 @@ class GradualPruning(SparsitySchedule):
         names = self._names(variables)
         # Numbers of the host: a loop asks at every step whether it is due, and need not wait for a device.
         entries: dict[str, Any] = {n: np.asarray(size, np.int32) for n, size in sizes_of(variables, names).items()}
-        return SparsityState(np.zeros((), np.int32), entries)  # type: ignore[arg-type]
+        return SparsityState(np.zeros((), np.int32), entries, marks=marks_of(variables, names))  # type: ignore[arg-type]
 
     def due(self, state: SparsityState) -> bool:
         """Return whether the next `update` prunes."""
@@ -154,7 +155,7 @@ class GradualPruning(SparsitySchedule):
         """Count a step; if it is due, prune. Runs outside of `jit`; see `SparsitySchedule.update`."""
         del dense_grad_fn
         step = _number(state.step) + 1
-        self.check(variables, state)
+        self._check_sizes(variables, state)
         count: Any = np.asarray(step, np.int32)
         if step not in self.stages:
             return dict(variables), opt_state, state._replace(step=count)
@@ -164,7 +165,7 @@ class GradualPruning(SparsitySchedule):
         if not patterns.old:
             check_like_new(tx, opt_state, new["params"])
         entries: dict[str, Any] = {n: np.asarray(size, np.int32) for n, size in sizes_of(new, state.entries).items()}
-        return new, opt_state, SparsityState(count, entries)
+        return new, opt_state, SparsityState(count, entries, marks=marks_of(new, state.entries))
 
     def like(self, variables: Mapping[str, Any], state: SparsityState) -> dict[str, Any]:
         """Return shapes and dtypes of the variables of a stage; see `SparsitySchedule.like`."""

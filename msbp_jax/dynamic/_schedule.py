@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, UInt32
 
 from msbp_jax import _compat
 from msbp_jax._checks import path_name
@@ -25,6 +26,8 @@ class SparsityState(NamedTuple):
       entries: By path of each weight, int32 scalar: how many numbers its leaf has at this stage. That is how a pattern
         of another stage is told.
       key: Typed PRNG key of a schedule that draws, the same at every step; None of others.
+      marks: By path, uint32 scalar: a number made from where the entries stand, 0 for a dense weight. That is how a
+        pattern of as many entries is told; a schedule of your own may do without.
 
     Example:
       >>> import jax.numpy as jnp, msbp_jax as msbp
@@ -37,6 +40,7 @@ class SparsityState(NamedTuple):
     step: jax.Array
     entries: dict[str, jax.Array]
     key: jax.Array | None = None
+    marks: dict[str, jax.Array] | None = None
 
 
 class SparsitySchedule(abc.ABC):
@@ -132,6 +136,19 @@ class SparsitySchedule(abc.ABC):
         Raises:
           ValueError: They are of different stages, or of different models.
         """
+        self._check_sizes(variables, state)
+        marks = state.marks or {}
+        if any(isinstance(leaf, _compat.Tracer) for leaf in jax.tree.leaves((variables.get(SPARSITY), marks))):
+            return
+        for name, own in marks_of(variables, marks).items():
+            if int(own) != int(marks[name]):
+                raise ValueError(
+                    f"The entries of {name} stand in other places than those that the state at step {int(state.step)} "
+                    "is of. Restore variables, optimizer's state and this state of one and the same step."
+                )
+
+    def _check_sizes(self, variables: Mapping[str, Any], state: SparsityState) -> None:
+        """Raise unless weights have as many entries as the state is of: at every update, as it costs nothing."""
         sizes = sizes_of(variables, state.entries)
         if any(isinstance(count, _compat.Tracer) for count in (state.step, *state.entries.values())):
             return  # numbers that are not known yet; the sizes of arrays agree, or tracing has raised
@@ -141,6 +158,24 @@ class SparsitySchedule(abc.ABC):
                     f"The pattern of {name} has {size} entries, and the state at step {int(state.step)} is of a stage "
                     f"with {expected}. Restore variables, optimizer's state and this state of one and the same step."
                 )
+
+
+def marks_of(variables: Mapping[str, Any], names: Any) -> dict[str, jax.Array]:
+    """Return a number made from where the entries of each weight stand; 0 for a dense one."""
+    patterns = patterns_of(variables)
+    return {name: mark(patterns[name]) if name in patterns else jnp.zeros((), jnp.uint32) for name in names}
+
+
+@jax.jit
+def mark(pattern: Pattern) -> UInt32[Array, ""]:
+    """Return a hash of a pattern: sums of places, each mixed with its number, so that an exchange of two shows."""
+
+    def mixed(numbers: jax.Array) -> jax.Array:
+        flat = numbers.ravel().astype(jnp.uint32)
+        h = (flat ^ (jnp.arange(flat.size, dtype=jnp.uint32) * 0x9E3779B9)) * jnp.uint32(0x85EBCA6B)
+        return ((h ^ (h >> 15)) * jnp.uint32(0xC2B2AE35)).sum(dtype=jnp.uint32)
+
+    return mixed(pattern.inputs) + jnp.uint32(31) * mixed(pattern.starts)
 
 
 def patterns_of(variables: Mapping[str, Any]) -> dict[str, Pattern]:
@@ -224,7 +259,7 @@ def started(variables: Mapping[str, Any], key: jax.Array | None, *, draws: str |
             'msbp.prune(variables, density=0.1, method="random", scope="erdos_renyi", key=jax.random.key(0)).'
         )
     counts = {name: jnp.asarray(size, jnp.int32) for name, size in sizes_of(variables, patterns).items()}
-    return SparsityState(jnp.zeros((), jnp.int32), counts, key)
+    return SparsityState(jnp.zeros((), jnp.int32), counts, key, marks_of(variables, patterns))
 
 
 def check_still_sparse(variables: Mapping[str, Any], state: SparsityState) -> None:

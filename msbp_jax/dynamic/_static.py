@@ -59,6 +59,6 @@ class Static(SparsitySchedule):
     ) -> tuple[dict[str, Any], Any, SparsityState]:
         """Count a step; see `SparsitySchedule.update`."""
         del tx, dense_grad_fn
-        self.check(variables, state)
+        self._check_sizes(variables, state)
         check_still_sparse(variables, state)
         return dict(variables), opt_state, state._replace(step=state.step + 1)

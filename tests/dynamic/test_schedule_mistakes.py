@@ -204,6 +204,25 @@ def test_a_pattern_of_another_stage(method):
         schedule.check({"params": {"c": W}}, state)
 
 
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_pattern_of_as_many_entries_in_other_places(jitted):
+    """Told at every stage, whatever an exchange, inside `jit` or outside, has made of the pattern."""
+    schedule = msbp.rigl(every=1, until=9, fraction=0.5)
+    update = lambda variables, opt_state, state: schedule.update(TX, variables, opt_state, state, lambda dense: dense)
+    before = schedule.init(SPARSE)
+    schedule.check(SPARSE, before)
+    variables, _, after = (jax.jit(update) if jitted else update)(SPARSE, OPT_STATE, before)
+    schedule.check(variables, after)
+    for of, state in ((SPARSE, after), (variables, before)):
+        with pytest.raises(ValueError, match="The entries of a/kernel stand in other places than those that the state"):
+            schedule.check(of, state)
+    stages = msbp.gradual_pruning(stages={1: 0.1})
+    first, _, state = stages.update(TX, SPARSE, OPT_STATE, stages.init(SPARSE))
+    stages.check(first, state)
+    with pytest.raises(ValueError, match="stand in other places"):
+        stages.check(msbp.prune(DENSE, density=0.1, method="random", key=KEY), state)
+
+
 def test_an_optimizer_s_state_of_another_stage():
     schedule = msbp.gradual_pruning(stages={1: 0.1})
     other = TX.init(msbp.prune(DENSE, density=0.15)["params"])
