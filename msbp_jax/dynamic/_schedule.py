@@ -172,7 +172,7 @@ def mark(pattern: Pattern) -> UInt32[Array, ""]:
 
     def mixed(numbers: jax.Array) -> jax.Array:
         flat = numbers.ravel().astype(jnp.uint32)
-        h = (flat ^ (jnp.arange(flat.size, dtype=jnp.uint32) * 0x9E3779B9)) * jnp.uint32(0x85EBCA6B)
+        h = (flat ^ (jnp.arange(flat.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9))) * jnp.uint32(0x85EBCA6B)
         return ((h ^ (h >> 15)) * jnp.uint32(0xC2B2AE35)).sum(dtype=jnp.uint32)
 
     return mixed(pattern.inputs) + jnp.uint32(31) * mixed(pattern.starts)

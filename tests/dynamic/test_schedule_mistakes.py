@@ -208,7 +208,8 @@ def test_a_pattern_of_another_stage(method):
 def test_a_pattern_of_as_many_entries_in_other_places(jitted):
     """Told at every stage, whatever an exchange, inside `jit` or outside, has made of the pattern."""
     schedule = msbp.rigl(every=1, until=9, fraction=0.5)
-    update = lambda variables, opt_state, state: schedule.update(TX, variables, opt_state, state, lambda dense: dense)
+    waves = lambda dense: jax.tree.map(lambda w: jnp.cos(jnp.arange(w.size)).reshape(w.shape), dense)
+    update = lambda variables, opt_state, state: schedule.update(TX, variables, opt_state, state, waves)
     before = schedule.init(SPARSE)
     schedule.check(SPARSE, before)
     variables, _, after = (jax.jit(update) if jitted else update)(SPARSE, OPT_STATE, before)
