@@ -18,9 +18,11 @@ class Dense(Format):
 
     Attributes:
       values: `[rows, n]`, in the dtype of the cotangent.
+      native: Whether products are those of native kernels, where these have a contraction.
     """
 
     values: jax.Array
+    native: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[Size, int]:
@@ -34,7 +36,7 @@ class Dense(Format):
 
     def astype(self, dtype: jax.typing.DTypeLike) -> Dense:
         """Return the same entries in another dtype."""
-        return Dense(self.values.astype(dtype))
+        return dataclasses.replace(self, values=self.values.astype(dtype))
 
     def describe(self) -> str:
         """Return that nothing is left out."""

@@ -5,7 +5,7 @@
 | rows | is a product of matrices | has products |
 | narrow | becomes smaller with fewer output features | is 0 outside a few columns, the same for all rows |
 | patches | becomes a product of matrices on patches of its input | has products, also on patches |
-| examples | can leave out examples | leaves out rows |
+| examples | can leave out examples | leaves out rows, or is all of it, for native code |
 | dense | | |
 
 The first whose line holds is taken; rule and report read the same table. On the path of rows, a cotangent that knows
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from msbp_jax import kernels
-from msbp_jax.formats import Format, Rows
+from msbp_jax.formats import Dense, Format, Rows
 from msbp_jax.rules._operation import Dims, Examples, Matrices, Operands, Operation, Shape
 
 
@@ -88,7 +88,10 @@ def products(
 
 
 def _examples(p: Format, operation: Operation, lhs: Shape, rhs: Shape, backend: str | None) -> Examples | None:
-    """Return how examples are left out, if what is kept are rows."""
+    """Return how examples are left out, if what is kept are rows; or how native code has all of them."""
+    if isinstance(p, Dense) and p.native:
+        how = operation.examples(lhs, rhs, p.values.dtype, backend)
+        return how if how is not None and how.products is not None else None
     if not isinstance(p, Rows) or not kernels.skips(p):
         return None
     return operation.examples(lhs, rhs, p.values.dtype, backend)
@@ -99,9 +102,10 @@ def _on_examples(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the products of the examples that have a row which is kept: XLA's take the next of a few sizes."""
     how = _examples(p, operation, operands[0].shape, operands[1].shape, backend)
-    assert isinstance(p, Rows)
     assert how is not None
-    values, kept = p.materialize(), p.kept_rows().reshape(dims.examples, -1).any(axis=1)
+    values = p.materialize()
+    rows = p.kept_rows() if isinstance(p, Rows) else jnp.ones(dims.rows, bool)
+    kept = rows.reshape(dims.examples, -1).any(axis=1)
     if how.products is not None:
         return how.products(operands, operation.program_g(values[None], operands, out), kept.astype(jnp.float32))
     examples = Rows(values.reshape(dims.examples, -1), kept.astype(jnp.float32), unchanged=True)

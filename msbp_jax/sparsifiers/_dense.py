@@ -9,19 +9,33 @@ from msbp_jax.sparsifiers._base import Sparsifier, State
 from msbp_jax.sparsifiers._where import Stays, Where, keeps_all
 
 
-def dense() -> Sparsifier:
+def dense(*, native: bool = False) -> Sparsifier:
     r"""Keep the whole gradient: `S(u) = u`.
 
     A site with it is evaluated as plain JAX, bit for bit, and has no memory. It serves in a plan, to leave a layer out.
 
+    Args:
+      native: Whether convolutions have their whole backward from native kernels, where these run: on a CPU, in float32
+        and bfloat16, one or two axes of pixels, without groups, not transposed. The gradients are the same to the order
+        of their sums, and XLA's own take up to three times as long. Elsewhere, and for everything else, nothing
+        changes; the report says which convolutions they are.
+
     Returns:
       The sparsifier.
+
+    Raises:
+      TypeError: `native` is not a bool.
 
     Example:
       >>> import msbp_jax as msbp
       >>> plan = {"head/*": msbp.dense(), "*": msbp.top_k(density=0.04, rows_per_group=32)}
+      >>> faster = {"Conv_*": msbp.dense(native=True), "*": msbp.dense()}  # exact
     """
-    return Sparsifier(init=_init, apply=_apply, name="dense()", at=_at)
+    if not isinstance(native, bool):
+        raise TypeError(f"native must be True or False, got {native!r}.")
+    if not native:
+        return Sparsifier(init=_init, apply=_apply, name="dense()", at=_at)
+    return Sparsifier(init=_init, apply=_apply_natively, name="dense(native=True)", at=_at_native)
 
 
 def _init(aval: jax.ShapeDtypeStruct) -> State:
@@ -33,5 +47,13 @@ def _apply(u: jax.Array, state: State) -> tuple[Dense, State]:
     return Dense(u), state
 
 
+def _apply_natively(u: jax.Array, state: State) -> tuple[Dense, State]:
+    return Dense(u, native=True), state
+
+
 def _at(where: Where) -> Stays:
     return keeps_all("dense()", where.n)
+
+
+def _at_native(where: Where) -> Sparsifier | Stays:
+    return dense(native=True) if where.native_examples else keeps_all("dense(native=True)", where.n)

@@ -25,6 +25,7 @@ class Where(NamedTuple):
       min_features: Fewer features than these make a choice among them not worth while; 0 where the plan names the
         site itself, and so decides.
       backend: Which backend `sparse_vjp` was asked for; None to choose.
+      native_examples: Whether native kernels have the backward of all of a convolution's images.
     """
 
     rows: Size
@@ -35,6 +36,7 @@ class Where(NamedTuple):
     on_devices: bool = False
     min_features: int = 0
     backend: str | None = None
+    native_examples: bool = False
 
     @property
     def cotangent(self) -> jax.ShapeDtypeStruct:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from msbp_jax import kernels
-from msbp_jax.formats import Columns, Entries, Format, Rows
+from msbp_jax.formats import Columns, Dense, Entries, Format, Rows
 from msbp_jax.kernels.choice import target
 from msbp_jax.kernels.choice.advice import note, warning
 from msbp_jax.kernels.choice.layer import Layer, layer_of
@@ -220,6 +220,8 @@ def _fastest(site: Site, p: Format) -> str:
 
 
 def _by_examples(site: Site, p: Format, backend: str | None) -> str:
+    if isinstance(p, Dense):
+        return "native, all images"
     assert site.operation is not None
     assert isinstance(p, Rows)
     how = site.operation.examples(site.found.lhs.shape, site.found.rhs.shape, p.values.dtype, backend)

@@ -111,7 +111,9 @@ def _site(name: str, found: Found, plan: Plan, backend: str | None) -> Site:
     operation, dims, reason = _operation(found, side)
     reason = _why_no_gradient(found) or found.sealed or reason
     sparsifier, explicit = plan.match(name)
-    serves = None if sparsifier is None else _serving(sparsifier, _where(found, dims, plan, explicit, backend))
+    serves = (
+        None if sparsifier is None else _serving(sparsifier, _where(found, operation, dims, plan, explicit, backend))
+    )
     stays = Stays(reason) if reason else Stays(*_unnamed(found)) if serves is None else serves
     loops = found.loops
     if isinstance(stays, Sparsifier) and stays.per_device:
@@ -129,7 +131,10 @@ def _site(name: str, found: Found, plan: Plan, backend: str | None) -> Site:
     )
 
 
-def _where(found: Found, dims: Dims, plan: Plan, explicit: bool, backend: str | None) -> Where:
+def _where(
+    found: Found, operation: Operation | None, dims: Dims, plan: Plan, explicit: bool, backend: str | None
+) -> Where:
+    how = None if operation is None else operation.examples(found.lhs.shape, found.rhs.shape, found.out.dtype, backend)
     return Where(
         rows=dims.rows,
         n=dims.n,
@@ -139,6 +144,7 @@ def _where(found: Found, dims: Dims, plan: Plan, explicit: bool, backend: str | 
         on_devices=any(loop.mesh_axis for loop in found.loops),
         min_features=0 if explicit else plan.min_features,
         backend=backend,
+        native_examples=how is not None and how.products is not None,
     )
 
 

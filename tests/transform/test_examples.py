@@ -78,6 +78,30 @@ def test_reports_say_what_runs():
     assert row(convolution()).backend == "xla, dense"
 
 
+def test_dense_by_native_kernels():
+    """The whole gradient, to the order of sums, of convolutions that they run; all else is plain JAX."""
+    x, model = normal(0, 8, 8, 8, 3), CNN()
+    params = model.init(jax.random.key(0), x)
+    f = msbp.sparse_vjp(model, msbp.dense(native=True))
+    loss = lambda apply: lambda p: jnp.sin(apply(p, x)).sum()
+    assert_trees_close(jax.jit(jax.grad(loss(f.apply)))(params), jax.jit(jax.grad(loss(model.apply)))(params))
+    assert f.init_memory(params, x) == ({"Conv_0/kernel": (), "Conv_1/kernel": ()} if NATIVE else {})
+    report = f.report(params, x)
+    rows = {row.name: row for row in report.sparse}
+    assert {name: row.backend for name, row in rows.items()} == (
+        {"Conv_0/kernel": "native, all images", "Conv_1/kernel": "native, all images"} if NATIVE else {}
+    )
+    assert all((row.keeps, row.saved, row.skips, row.warning) == ("all", 0, "", "") for row in rows.values())
+    assert {row.name for row in report.dense} >= {"Dense_0/kernel"}
+    for options in ({"feature_group_count": 2}, {"lhs_dilation": (2, 2), "padding": ((1, 1), (1, 1))}):
+        w, own = normal(1, 3, 3, 4 // options.get("feature_group_count", 1), 8), convolution(**options)
+        plain = msbp.sparse_vjp(own, msbp.dense(native=True)).report(w, normal(0, 8, 6, 6, 4))
+        assert not plain.sparse
+        assert plain.dense[0].reason == "dense(native=True) keeps all 8 features"
+    with pytest.raises(TypeError, match="native must be True or False, got 1"):
+        msbp.dense(native=1)
+
+
 def test_groups_of_images_and_of_features_run_whole_on_a_cpu():
     w, x = normal(0, 3, 3, 2, 8), normal(1, 8, 6, 6, 4)
     mask = (jnp.arange(8) % 2).astype(jnp.float32)
