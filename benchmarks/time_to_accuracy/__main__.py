@@ -115,7 +115,8 @@ def main(arguments: list[str] | None = None) -> None:
     out = args.out or (paths.SMALL if args.small else paths.RESULTS) / "time_to_accuracy"
     for name in args.tasks or tasks.TASKS:
         task = tasks.make(name, args.data, small=args.small)
-        chosen = [method for method in methods.NAMES if args.only is None or method in args.only]
+        known = [method for method in methods.NAMES if method not in methods.OF_CONVOLUTIONS or not task.in_loops]
+        chosen = [method for method in known if args.only is None or method in args.only]
         seeds = args.seeds or (1 if args.small else 3 if name.startswith("cnn") else 5)
         found = measure(Runs(task, out / name), chosen, seeds)
         print("\n" + summary.write(out, name, found), flush=True)

@@ -1,5 +1,7 @@
 """What is compared: dense at four batch sizes, rows sampled at three, uniform rows, dithering, and columns.
 
+Of CNNs there is a `native`, too: dense with the same gradients, of convolutions by native kernels.
+
 `rows 1` samples nothing and shows what the code for it costs. `uniform rows` keeps as many as `rows .95` kept on the
 average, drawn without a look at the gradient, through the same code.
 """
@@ -20,10 +22,11 @@ from msbp_jax.sparsifiers._draw import draw
 REFERENCE = "rows .95"
 UNIFORM = "uniform rows"  # of the density that the reference had
 NAMES = (
-    *("dense", "dense B/2", "dense B/4", "dense B/8"),
+    *("dense", "dense B/2", "dense B/4", "dense B/8", "native B/8"),
     *("rows .95", "rows .95 B/4", "rows .95 B/8", "rows .9", "rows 1", UNIFORM),
     *("dithered 4", "dithered 4 B/8", "top-k", "MSBP"),
 )  # in the order in which they are run
+OF_CONVOLUTIONS = ("native B/8",)
 
 
 class Method(NamedTuple):
@@ -55,6 +58,7 @@ def make(task: Task, name: str, density: float) -> Method:
         "dense B/2": Method(1 / 2, None),
         "dense B/4": Method(1 / 4, None),
         "dense B/8": Method(1 / 8, None),
+        "native B/8": Method(1 / 8, msbp.dense(native=True)),
         "rows .95": Method(1, msbp.sample_rows(efficiency=0.95)),
         "rows .95 B/4": Method(1 / 4, msbp.sample_rows(efficiency=0.95)),
         "rows .95 B/8": Method(1 / 8, msbp.sample_rows(efficiency=0.95)),
