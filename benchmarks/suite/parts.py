@@ -7,6 +7,7 @@ from benchmarks.suite import (
     compile_time,
     convolutions,
     entries,
+    freed_memory,
     layers,
     layout,
     rows,
@@ -63,6 +64,9 @@ PARTS = {
         "whole training steps: networks, optimizers, the bound of Amdahl's law, PyTorch",
         7,
         steps.measure,
+    ),
+    "freed memory": Part(
+        "steps with freed memory kept by the process and without, in processes of their own", 5, freed_memory.measure
     ),
     "memory": Part("what a compiled step holds at its peak", 1, step_memory.measure),
     "choice": Part(

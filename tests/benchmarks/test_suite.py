@@ -16,7 +16,7 @@ from benchmarks.suite.parts import PARTS, place
 
 GROUPS = [
     ["layers", "targets", "layout"],
-    ["select", "gradients", "memory"],
+    ["select", "gradients", "memory", "freed memory"],
     ["steps", "transformer"],
     ["rows", "padding", "entries"],
     ["weights", "weight steps"],
