@@ -6,6 +6,7 @@ from benchmarks.suite import (
     choice,
     compile_time,
     convolutions,
+    devices,
     entries,
     freed_memory,
     layers,
@@ -50,6 +51,9 @@ PARTS = {
     "rows": Part("dx and dw of the rows that are kept, over densities: native, XLA, dense", 21, rows.measure),
     "padding": Part(
         "steps that skip rows of zeros, of batches with many of them and with none", 21, rows.measure_steps
+    ),
+    "devices": Part(
+        "data-parallel steps, dense and by rows, over eight virtual devices and two processes", 11, devices.measure
     ),
     "entries": Part("dithering, and dx and dw of the entries that are left, over shares of zeros", 21, entries.measure),
     "weights": Part("forward and backward of a layer with sparse weights, over densities", 11, weights.measure),

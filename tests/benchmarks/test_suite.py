@@ -18,7 +18,7 @@ GROUPS = [
     ["layers", "targets", "layout"],
     ["select", "gradients", "memory", "freed memory"],
     ["steps", "transformer"],
-    ["rows", "padding", "entries"],
+    ["rows", "padding", "entries", "devices"],
     ["weights", "weight steps"],
     ["sparse conv", "sparse conv steps"],
     ["compile", "conv"],
@@ -46,7 +46,7 @@ def test_every_part(parts, tmp_path, capsys):
 
 def test_the_parts_are_all_there():
     assert sorted(PARTS) == sorted([*(part for group in GROUPS for part in group), "choice"])
-    assert [place("steps (freed memory kept)"), place("steps")] == [(12, "steps (freed memory kept)"), (12, "steps")]
+    assert [place("steps (freed memory kept)"), place("steps")] == [(13, "steps (freed memory kept)"), (13, "steps")]
 
 
 def test_what_is_interpreted_is_not_timed(monkeypatch):
