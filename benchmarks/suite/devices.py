@@ -80,7 +80,10 @@ def _steps(process: int, processes: int, address: str, rows: int, width: int, ro
         state = jax.tree.map(lambda leaf: _placed(leaf, whole), (params, memory, tx.init(params)))
         # Without donation: results of a step are not the next one's arguments, so that all methods see one gradient.
         calls[name] = timed(jax.jit(step_of(tx, gradients)), state, *batch)
-    return medians(calls, rounds)
+    found = medians(calls, rounds)
+    if processes > 1:
+        jax.distributed.shutdown()  # they wait for each other, and pools end one after the other
+    return found
 
 
 def _placed(leaf: Any, sharding: NamedSharding) -> Any:

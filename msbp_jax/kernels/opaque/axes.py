@@ -24,11 +24,16 @@ from msbp_jax.kernels.opaque.partition import Call, Names, Shapes, names_on
 type Axes = tuple[str, ...]  # an array's, a letter each; one that is a capital is whole on every device
 
 
-def by_axes(rule: str, results: Shapes, local_call: Callable[[Shapes], Call], operands: Sequence[jax.Array]) -> Any:
+def by_axes(
+    rule: str,
+    results: Sequence[tuple[tuple[Any, ...], Any]],
+    local_call: Callable[[Shapes], Call],
+    operands: Sequence[jax.Array],
+) -> tuple[jax.Array, ...]:
     """Run a computation that XLA may split; not inside a `shard_map`, where it runs on what is there.
 
-    Where JAX cannot split it, on several TPUs (github.com/jax-ml/jax/issues/38196) and in an exported program, it is
-    the plain computation, as it is where it is differentiated.
+    Where JAX cannot split it, on several TPUs (github.com/jax-ml/jax/issues/38196) and in an exported program, or
+    where sizes are not known, it is the plain computation, as it is where it is differentiated.
 
     Args:
       rule: The axes of operands and results, such as "i n, i, m n -> i m".
@@ -36,6 +41,8 @@ def by_axes(rule: str, results: Shapes, local_call: Callable[[Shapes], Call], op
       local_call: Makes the computation for results of given shapes; it gives a tuple.
       operands: Its arrays. It may use no other.
     """
+    if any(_compat.is_symbolic(*operand.shape) for operand in operands):
+        return local_call([])(*operands)
     plain = local_call(results)
     inside = _compat.all_axes_manual() or any(map(_compat.varies, operands))
     if inside or jax.device_count() == 1 or target.platform() == "tpu":
