@@ -17,6 +17,7 @@ import functools
 import pathlib
 from typing import Any
 
+import msbp_jax as msbp
 from benchmarks.helpers import machine, paths, plots, tables
 from benchmarks.helpers.peers import Torch
 from benchmarks.helpers.records import Records, finished, today
@@ -49,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 def settings(part: Part, context: Context) -> dict[str, Any]:
     """Return what the rows of a part depend on beside the machine."""
-    found: dict[str, Any] = {"rounds": context.rounds}
+    found: dict[str, Any] = {"rounds": context.rounds, "freed memory": "kept" if context.keeps else "given back"}
     if part.records:
         found["recorded on"] = "digits" if context.data is None else "MNIST"
     if context.small:
@@ -64,13 +65,14 @@ def main(arguments: list[str] | None = None) -> None:
       arguments: Of the command line; those of the process by default.
     """
     args = parser().parse_args(arguments)
+    keeps = msbp.keep_freed_memory()  # before anything runs, for all methods alike
     out = args.out or (paths.SMALL if args.small else paths.RESULTS)
     with contextlib.closing(Torch(args.torch_python)) as torch:
         print(torch.reason or f"PyTorch {torch.version}", flush=True)
         records = Records(out / "parts", machine.describe(torch.version or torch.reason), args.since, args.again)
         for name in args.parts or PARTS:
             part = PARTS[name]
-            context = Context(args.rounds or (1 if args.small else part.rounds), torch, args.data, args.small)
+            context = Context(args.rounds or (1 if args.small else part.rounds), torch, args.data, args.small, keeps)
             print(f"\n## {name}{args.suffix}", flush=True)
             rows = records.run(name + args.suffix, settings(part, context), functools.partial(part.measure, context))
             assemble(out)

@@ -7,6 +7,7 @@ from importlib import metadata as _metadata
 
 from msbp_jax import nnx as nnx
 from msbp_jax import testing as testing
+from msbp_jax._freed_memory import keep_freed_memory as keep_freed_memory
 from msbp_jax.dynamic import SparsitySchedule as SparsitySchedule
 from msbp_jax.dynamic import SparsityState as SparsityState
 from msbp_jax.dynamic import gradual_pruning as gradual_pruning

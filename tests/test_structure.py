@@ -20,6 +20,7 @@ README = ROOT.parent / "README.md"
 STAGES = [
     "_compat",
     "_checks",
+    "_freed_memory",
     "formats",
     "weights",
     "kernels",

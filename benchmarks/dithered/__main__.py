@@ -160,6 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
       arguments: Of the command line; those of the process by default.
     """
     args = parser().parse_args(arguments)
+    msbp.keep_freed_memory()  # before anything runs, for all methods alike
     out = args.out or (paths.SMALL if args.small else paths.RESULTS) / "dithered"
     out.mkdir(parents=True, exist_ok=True)
     sections = {

@@ -152,7 +152,9 @@ def large_transformer() -> Setting:
 
 
 def problem(
-    setting: Setting, sparsifier: msbp.Sparsifier | Mapping[str, msbp.Sparsifier] | None
+    setting: Setting,
+    sparsifier: msbp.Sparsifier | Mapping[str, msbp.Sparsifier] | None,
+    backend: str | None = None,
 ) -> tuple[Callable[..., Any], Any, Any]:
     """Return (gradients, params, memory) of a network; without a sparsifier, gradients are those of plain JAX.
 
@@ -167,7 +169,7 @@ def problem(
             return loss, grads, memory
 
         return plain, params, {}
-    model = msbp.sparse_vjp(setting.module, sparsifier)
+    model = msbp.sparse_vjp(setting.module, sparsifier, backend=backend)
     gradients = msbp.value_and_grad(lambda p, m, x, y: loss_of(model.apply({"params": p}, x, memory=m), y))
     return gradients, params, model.init_memory({"params": params}, setting.x)
 

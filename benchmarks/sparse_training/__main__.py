@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+import msbp_jax as msbp
 from benchmarks.helpers import machine, paths
 from benchmarks.helpers.records import label_of, once, today
 from benchmarks.helpers.tables import markdown
@@ -123,6 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
       arguments: Of the command line; those of the process by default.
     """
     args = parser().parse_args(arguments)
+    msbp.keep_freed_memory()  # before anything runs, for all methods alike
     out = args.out or (paths.SMALL if args.small else paths.RESULTS) / "sparse_training"
     out.mkdir(parents=True, exist_ok=True)
     for name in args.tasks or tasks.TASKS:

@@ -169,6 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
       arguments: Of the command line; those of the process by default.
     """
     args = parser().parse_args(arguments)
+    msbp.keep_freed_memory()  # before anything runs, for all methods alike
     out = args.out or (paths.SMALL if args.small else paths.RESULTS) / "subnetwork"
     out.mkdir(parents=True, exist_ok=True)
     for part in args.parts or PARTS:

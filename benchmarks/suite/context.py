@@ -20,12 +20,14 @@ class Context:
       torch: PyTorch, or the reason why there is none.
       data: Folder with MNIST, to record gradients from; None for scikit-learn's digits.
       small: Minute sizes, to see that it runs.
+      keeps: Whether this process keeps the memory that it frees.
     """
 
     rounds: int
     torch: Torch
     data: pathlib.Path | None = None
     small: bool = False
+    keeps: bool = False
 
 
 class Grid(NamedTuple):

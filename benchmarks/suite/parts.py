@@ -6,7 +6,9 @@ from benchmarks.suite import (
     choice,
     compile_time,
     convolutions,
+    devices,
     entries,
+    freed_memory,
     kept_images,
     layers,
     layout,
@@ -51,6 +53,9 @@ PARTS = {
     "padding": Part(
         "steps that skip rows of zeros, of batches with many of them and with none", 21, rows.measure_steps
     ),
+    "devices": Part(
+        "data-parallel steps, dense and by rows, over eight virtual devices and two processes", 11, devices.measure
+    ),
     "entries": Part("dithering, and dx and dw of the entries that are left, over shares of zeros", 21, entries.measure),
     "weights": Part("forward and backward of a layer with sparse weights, over densities", 11, weights.measure),
     "weight steps": Part("steps of networks with sparse weights, over densities", 21, weights.measure_steps),
@@ -67,6 +72,9 @@ PARTS = {
         "whole training steps: networks, optimizers, the bound of Amdahl's law, PyTorch",
         7,
         steps.measure,
+    ),
+    "freed memory": Part(
+        "steps with freed memory kept by the process and without, in processes of their own", 5, freed_memory.measure
     ),
     "memory": Part("what a compiled step holds at its peak", 1, step_memory.measure),
     "choice": Part(

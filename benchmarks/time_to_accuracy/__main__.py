@@ -16,6 +16,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+import msbp_jax as msbp
 from benchmarks.helpers import machine, paths
 from benchmarks.helpers.records import once, today
 from benchmarks.time_to_accuracy import methods, summary, tasks
@@ -112,6 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
       arguments: Of the command line; those of the process by default.
     """
     args = parser().parse_args(arguments)
+    msbp.keep_freed_memory()  # before anything runs, for all methods alike
     out = args.out or (paths.SMALL if args.small else paths.RESULTS) / "time_to_accuracy"
     for name in args.tasks or tasks.TASKS:
         task = tasks.make(name, args.data, small=args.small)

@@ -139,8 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if settings.batch > len(data.train_y):
         p.error(f"--batch must be at most the {len(data.train_y)} training examples there are, got {settings.batch}")
 
+    from msbp_jax import keep_freed_memory
     from msbp_jax.demo import report, run  # JAX starts up only once the arguments are good
 
+    keep_freed_memory()  # before anything runs, for all methods alike
     results: dict[str, Any] = run.run(settings, data)
     report.show(settings, data, results)
     return 0

@@ -38,6 +38,7 @@ from msbp_jax.kernels.columns.arguments import (
 from msbp_jax.kernels.entries.arguments import check_entries
 from msbp_jax.kernels.entries.quantized import emulates_8_bits as emulates_8_bits
 from msbp_jax.kernels.native.calls import NOT_BUILT as NOT_BUILT
+from msbp_jax.kernels.opaque.axes import by_axes as by_axes
 from msbp_jax.kernels.rows import climb as climb
 from msbp_jax.kernels.rows import largest_of_members as largest_of_members
 from msbp_jax.kernels.rows import live_rows as live_rows

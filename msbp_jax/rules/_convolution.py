@@ -88,9 +88,23 @@ class Convolution:
         if self.batch_group_count > 1 or backend == "dense" or _compat.is_symbolic(lhs[axis]):
             return None
         if backend in (None, "native") and self._runs_natively(lhs, rhs, dtype):
-            return Examples("native", axis, products=self._native_products)
+            return Examples("native", axis, self._axes, products=self._native_products)
         on_cpu = "cpu" in kernels.platform_names()
-        return None if on_cpu and backend != "xla" else Examples("xla", axis)
+        return None if on_cpu and backend != "xla" else Examples("xla", axis, self._axes)
+
+    @property
+    def _axes(self) -> tuple[str, str, str]:
+        """The axes of images, kernel and result in their order: images i, channels m, features n."""
+        lhs, rhs, out = self.dimension_numbers
+        m, n = ("m", "n") if self.feature_group_count == 1 else ("M", "N")
+        placed = lambda spec, first, second, others: " ".join(
+            letter for _, letter in sorted(zip(spec, (first, second, *others), strict=False))
+        )
+        return (
+            placed(lhs, "i", m, "ABCDE"),
+            placed(rhs, n, "G" if m == "M" else m, "FHJKL"),
+            placed(out, "i", n, "OPQRS"),
+        )
 
     def _native_products(
         self, operands: Operands, g: jax.Array, kept: Float[Array, " images"]

@@ -112,6 +112,8 @@ class Examples(NamedTuple):
     Attributes:
       backend: "native" or "xla".
       axis: Of the examples, in the left operand.
+      axes: Of the left operand, the right one, and the result, as in `kernels.opaque.axes`; the examples' is "i", or
+        "I" where a device needs all of them.
       rest: Takes the operands from the third on and which examples are kept, `[examples]`, and returns those for the
         kept ones in their order, followed by any others.
       products: In native code: takes the operands, g as the program has it and 0 for each example that is left out,
@@ -120,6 +122,7 @@ class Examples(NamedTuple):
 
     backend: str
     axis: int
+    axes: tuple[str, str, str]
     rest: Callable[[Operands, Bool[Array, " examples"]], Operands] = lambda rest, kept: rest
     products: Callable[[Operands, jax.Array, Float[Array, " examples"]], tuple[jax.Array, jax.Array]] | None = None
 

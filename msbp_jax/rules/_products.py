@@ -17,12 +17,11 @@ itself, and else the last path.
 from __future__ import annotations
 
 import enum
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from msbp_jax import kernels
 from msbp_jax.formats import Dense, Format, Rows
@@ -108,24 +107,44 @@ def _on_examples(
     kept = rows.reshape(dims.examples, -1).any(axis=1)
     if how.products is not None:
         return how.products(operands, operation.program_g(values[None], operands, out), kept.astype(jnp.float32))
-    examples = Rows(values.reshape(dims.examples, -1), kept.astype(jnp.float32), unchanged=True)
-    x, w, *others = operands
-    rest = how.rest(tuple(others), kept)
-
-    def product(of: int, at: jax.Array, g: jax.Array) -> jax.Array:
-        some = jnp.take(x, at, axis=how.axis, mode="clip")
-        y, pull_back = jax.vjp(lambda x, w: operation.forward(x, w, *rest), some, w)
-        # As many rows for each example as before.
-        g = operation.program_g(g.reshape(1, -1, dims.n), (some, w, *rest), y.shape)
-        found: jax.Array = pull_back(g.astype(y.dtype))[of]
-        if of == 1:
-            return found
-        place: tuple[Any, ...] = (*(slice(None),) * how.axis, at)
-        return jnp.zeros_like(x).at[place].set(found, mode="promise_in_bounds", unique_indices=True)
-
-    whole = lambda of: _on_matrix(operation, operands, p, dims, out)[of]
-    dx, dw = (kernels.climb(examples, functools.partial(product, of), functools.partial(whole, of)) for of in range(2))
+    whole = operation.program_g(values[None], operands, out)
+    dx, dw = (_climbed(of, how, operation, operands, whole, kept) for of in range(2))
     return dx, dw
+
+
+def _climbed(
+    of: int, how: Examples, operation: Operation, operands: Operands, g: jax.Array, kept: Bool[Array, " examples"]
+) -> jax.Array:
+    """Return one of the gradients from the kept examples, as the next of a few sizes; each device's from its own."""
+    result = operands[of]
+    g_axis = how.axes[2].split().index(examples := how.axes[0].split()[how.axis])
+
+    def local(g: jax.Array, kept: jax.Array, x: jax.Array, w: jax.Array, *others: jax.Array) -> tuple[jax.Array]:
+        rest = how.rest(others, kept)
+        # Of a matrix of numbers alone: where each example stands. What is kept of g is taken where it lies.
+        numbers = Rows(jnp.zeros((kept.shape[0], 0), g.dtype), kept.astype(jnp.float32), unchanged=True)
+        take = lambda array, at, axis: jnp.take(array, at, axis=axis, mode="clip")
+
+        def pulled(x: jax.Array, g: jax.Array, rest: Operands) -> jax.Array:
+            y, pull_back = jax.vjp(lambda x, w: operation.forward(x, w, *rest), x, w)
+            found: jax.Array = pull_back(g.astype(y.dtype))[of]
+            return found
+
+        def product(at: jax.Array, _: jax.Array) -> jax.Array:
+            found = pulled(take(x, at, how.axis), take(g, at, g_axis), rest)
+            if of == 1:
+                return found
+            place: tuple[Any, ...] = (*(slice(None),) * how.axis, at)
+            return jnp.zeros_like(x).at[place].set(found, mode="promise_in_bounds", unique_indices=True)
+
+        return (kernels.climb(numbers, product, lambda: pulled(x, g, others)),)
+
+    x, w, *others = operands
+    axes_of_x, axes_of_w, axes_of_g = how.axes
+    counts = "".join(f", E{number}" for number in range(len(others)))
+    rule = f"{axes_of_g}, {examples}, {axes_of_x}, {axes_of_w}{counts} -> {how.axes[of]}"
+    (found,) = kernels.by_axes(rule, [(result.shape, result.dtype)], lambda _: local, (g, kept, x, w, *others))
+    return found
 
 
 def dense_products(operation: Operation, operands: Operands, g: jax.Array) -> tuple[jax.Array, jax.Array]:

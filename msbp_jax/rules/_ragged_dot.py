@@ -74,7 +74,8 @@ class RaggedDot:
         del rhs, dtype
         if backend == "dense" or self.group_offset is not None or _compat.is_symbolic(*lhs):
             return None
-        return Examples("xla", 0, _recounted)
+        # Which rows are an expert's is counted over all of them.
+        return Examples("xla", 0, ("I m", "E m n", "I n"), _recounted)
 
     @property
     def narrows(self) -> bool:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from msbp_jax import _checks, _compat
 from msbp_jax.formats import Rows, grouping
+from msbp_jax.kernels.opaque.axes import by_axes
 from msbp_jax.kernels.residual import takes_part
 from msbp_jax.sparsifiers._base import EXAMPLE, RowsPerGroup, Sparsifier, check_rows_per_group
 from msbp_jax.sparsifiers._draw import draw
@@ -44,6 +45,8 @@ class SampledRowsState(NamedTuple):
 
 
 _compat.serializable(SampledRowsState)
+
+_IDLE = -1  # the score of a row that takes no part
 
 
 def sample_rows(
@@ -168,17 +171,40 @@ class _SampleRows:
         rows = u.shape[0]
         live = takes_part(u)[:, 0]
         if self.efficiency == 1:
-            weight, efficiency = live.astype(jnp.float32), jnp.ones((), jnp.float32)
+            weight = live.astype(jnp.float32)
+            told = _summary(jnp.ones((), jnp.float32), weight)
         elif rows == 0:
-            weight, efficiency = jnp.zeros((0,), jnp.float32), jnp.ones((), jnp.float32)
+            weight = jnp.zeros((0,), jnp.float32)
+            told = _summary(jnp.ones((), jnp.float32), weight)
         else:
             score = _norms(u) * (seen["input_norms"] if self.by_product else 1)
-            drawn = draw(now, *self._by_group(score, live), efficiency=self.efficiency, count=self._groups_kept(rows))
+            weight, told = self._drawn(now, jnp.where(live, score, _IDLE))
+        p = Rows(u, weight, unchanged=self.efficiency == 1, share=self.density)
+        return p, _told(state, next_key, told)
+
+    def _drawn(self, key: jax.Array, scores: Float[Array, " rows"]) -> tuple[jax.Array, Float[Array, " 3"]]:
+        """Return the weights of the rows, and what is told of them.
+
+        Where rows are cut up over devices, all of them get all scores, and each makes the whole draw, the same one:
+        one exchange of a number a row, where the sums within a draw would be a hundred.
+        """
+        rows = scores.shape[0]
+        kind = jax.random.key_impl(key)
+
+        def all_of_them(bits: jax.Array, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+            live = ~(scores < 0)  # a score that is NaN is a row's
+            among = self._by_group(jnp.where(live, scores, 0), live)
+            key = jax.random.wrap_key_data(bits, impl=kind)
+            drawn = draw(key, *among, efficiency=self.efficiency, count=self._groups_kept(rows))
             groups, size = grouping(rows, self._rows)
             weight = jnp.broadcast_to(drawn.weight[:, None], (groups, size)).reshape(-1)[:rows]
-            weight, efficiency = jnp.where(live, weight, 0), drawn.efficiency
-        p = Rows(u, weight, unchanged=self.efficiency == 1, share=self.density)
-        return p, _told(state, next_key, efficiency, weight)
+            weight = jnp.where(live, weight, 0)
+            return weight, _summary(drawn.efficiency, weight)
+
+        results = [((rows,), jnp.float32), ((3,), jnp.float32)]
+        operands = jax.random.key_data(key), scores
+        weight, told = by_axes("K, R -> R, T", results, lambda _: all_of_them, operands)
+        return weight, told
 
     def at(self, where: Where) -> Sparsifier:
         group = where.rows_per_example if self.group == EXAMPLE else self.group
@@ -231,14 +257,14 @@ def _norms(u: Float[Array, "rows n"]) -> Float[Array, " rows"]:
     return jnp.sqrt(jnp.square(u * scale).sum(axis=1))
 
 
-def _told(state: SampledRowsState, key: jax.Array, efficiency: jax.Array, weight: jax.Array) -> SampledRowsState:
-    """Return the state after a step: what it tells is a running mean, at first of all steps."""
+def _summary(efficiency: Float[Array, ""], weight: Float[Array, " rows"]) -> Float[Array, " 3"]:
+    """Return the efficiency, the share of the rows that are kept, and their number."""
     count = jnp.sum(weight != 0, dtype=jnp.float32)
-    mean = lambda old, new: running(old, new, state.steps)
-    return SampledRowsState(
-        key=key,
-        efficiency=mean(state.efficiency, efficiency),
-        density=mean(state.density, count / jnp.maximum(jnp.ones_like(weight).sum(), 1)),
-        kept=mean(state.kept, count),
-        steps=state.steps + 1,
-    )
+    return jnp.stack([efficiency, count / jnp.maximum(jnp.ones_like(weight).sum(), 1), count])
+
+
+def _told(state: SampledRowsState, key: jax.Array, told: Float[Array, " 3"]) -> SampledRowsState:
+    """Return the state after a step: what it tells is a running mean, at first of all steps."""
+    old = state.efficiency, state.density, state.kept
+    efficiency, density, kept = (running(mean, new, state.steps) for mean, new in zip(old, told, strict=True))
+    return SampledRowsState(key, efficiency, density, kept, state.steps + 1)

@@ -16,9 +16,9 @@ from benchmarks.suite.parts import PARTS, place
 
 GROUPS = [
     ["layers", "targets", "layout"],
-    ["select", "gradients", "memory"],
+    ["select", "gradients", "memory", "freed memory"],
     ["steps", "transformer"],
-    ["rows", "padding", "entries"],
+    ["rows", "padding", "entries", "devices"],
     ["weights", "weight steps"],
     ["sparse conv", "sparse conv steps"],
     ["compile", "conv", "kept images"],

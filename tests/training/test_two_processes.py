@@ -27,14 +27,22 @@ put = lambda tree, s: jax.tree.map(lambda a: jax.make_array_from_callback(a.shap
 mapped = jax.shard_map(network, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("data")),
                        out_specs=PartitionSpec("data"))
 
+def copied(leaf, place):  # keys by their bits
+    if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return put(jax.device_get(leaf), place)
+    return jax.random.wrap_key_data(put(jax.device_get(jax.random.key_data(leaf)), place))
+
+
 for name, function, s, place in (
     ("jit", network, msbp.memorized(msbp.top_k(k=7, rows_per_group=4), decay=0.8), whole),
     ("whole batch", network, msbp.memorized(msbp.top_k(k=7, rows_per_group=None), decay=0.8), whole),
     ("local", network, msbp.memorized(msbp.top_k(k=7, rows_per_group=None), decay=0.8, reduce="local"), rows),
     ("shard_map", mapped, msbp.memorized(msbp.top_k(k=7, rows_per_group=4), decay=0.8), whole),
+    ("rows", network, msbp.sample_rows(density=0.25), whole),
+    ("rows in shard_map", mapped, {"*": msbp.sample_rows(density=0.25)}, whole),
 ):
     f = msbp.sparse_vjp(function, s)
-    memory = put(jax.device_get(jax.jit(lambda: f.init_memory(params, data))()), place)
+    memory = jax.tree.map(lambda leaf: copied(leaf, place), jax.jit(lambda: f.init_memory(params, data))())
 
     @jax.jit
     def step(params, memory, x):
@@ -44,7 +52,8 @@ for name, function, s, place in (
     p, x = put(params, whole), put(data, rows)
     for _ in range(3):
         p, memory, loss = step(p, memory, x)
-    total = jax.jit(lambda m: sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(m)))(memory)
+    numbers = [leaf for leaf in jax.tree.leaves(memory) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    total = jax.jit(lambda m: sum(jnp.abs(leaf).sum() for leaf in m))(numbers)
     print(f"{name}: {float(loss):.6f} {float(jnp.abs(p['w']).sum()):.4f} {float(total):.6f}", flush=True)
 """
 
@@ -65,7 +74,7 @@ def test_two_processes_compute_what_one_does():
     for process, (_, errors) in zip(started, finished, strict=True):
         assert process.returncode == 0, errors[-2000:]
     one, *two = [[line.split(": ") for line in out.splitlines() if "Gloo" not in line] for out, _ in finished]
-    assert [name for name, _ in one] == ["jit", "whole batch", "local", "shard_map"]
+    assert [name for name, _ in one] == ["jit", "whole batch", "local", "shard_map", "rows", "rows in shard_map"]
     assert two[0] == two[1]
     for (name, want), (_, got) in zip(one, two[0], strict=True):
         assert [float(v) for v in got.split()] == pytest.approx([float(v) for v in want.split()], rel=1e-4), name

@@ -58,7 +58,8 @@ def grad_input(
     images, channels = g.shape[0], w.shape[-2]
     operands = [as_images(g), kept, w.reshape(*two_axes(geometry.window), *w.shape[-2:])]
     result = (images, *two_axes(pixels), channels)
-    dx = _call("images_grad_input", operands, result, geometry, images)
+    axes = "i P Q n, i, A B m n -> i H W m"
+    dx = _call("images_grad_input", operands, result, geometry, axes)
     return dx.reshape(images, *pixels, channels)
 
 
@@ -78,10 +79,10 @@ def grad_weight(
     """
     channels, features = x.shape[-1], g.shape[-1]
     result = (*two_axes(geometry.window), channels, features)
-    dw = _call("images_grad_weight", [as_images(g), kept, as_images(x)], result, geometry, g.shape[0])
+    axes = "i P Q n, i, i H W m -> A B m n"
+    dw = _call("images_grad_weight", [as_images(g), kept, as_images(x)], result, geometry, axes)
     return dw.reshape(*geometry.window, channels, features)
 
 
-def _call(name: str, operands: list[jax.Array], result: Shape, geometry: Geometry, images: int) -> jax.Array:
-    split = (f"native {name}", images, 1)
-    return calls.call(name, operands, [(result, jnp.float32)], split=split, axes=geometry.axes)[0]
+def _call(name: str, operands: list[jax.Array], result: Shape, geometry: Geometry, axes: str) -> jax.Array:
+    return calls.call(name, operands, [(result, jnp.float32)], by=axes, axes=geometry.axes)[0]

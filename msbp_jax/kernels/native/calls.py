@@ -19,6 +19,7 @@ import numpy as np
 from msbp_jax import _compat
 from msbp_jax.kernels.choice import target
 from msbp_jax.kernels.opaque import partition
+from msbp_jax.kernels.opaque.axes import by_axes
 from msbp_jax.kernels.opaque.derivative import without_derivative
 from msbp_jax.kernels.opaque.export import not_exported
 
@@ -109,6 +110,7 @@ def call(
     instruction_set: int = 0,
     split: tuple[str, int, int] | None = None,
     choose_together: Callable[..., tuple[jax.Array, ...]] | None = None,
+    by: str | None = None,
     **attributes: Any,
 ) -> list[jax.Array]:
     """Call a kernel.
@@ -120,6 +122,7 @@ def call(
       instruction_set: Place in `instruction_sets()`; anything but 0 is for tests.
       split: How the call may be split over devices: key of `SPLITS`, rows, and rows that share a choice.
       choose_together: What a selection does where devices have parts of its one group; see `opaque.partition`.
+      by: Instead of `split`, the axes of its arrays, by any of which it may be split; see `opaque.axes`.
       **attributes: Its numbers; an int is passed as int64, a float as float32, an array as it is.
     """
     _register()
@@ -132,6 +135,8 @@ def call(
         function = jax.ffi.ffi_call(f"msbp_{name}", types, vmap_method="expand_dims")
         return lambda *arrays: tuple(function(*arrays, instruction_set=np.int64(instruction_set), **numbers))
 
+    if by is not None:
+        return list(without_derivative(name, "native", lambda *arrays: by_axes(by, results, call_for, arrays))(*alike))
     if split is None or varies or jax.device_count() == 1:
         return list(without_derivative(name, "native", call_for(results))(*alike))
     key, rows, group = split

@@ -45,8 +45,6 @@ SPLITS = {
     "grad_weight": Split("{values}, {index}, {scale}, {rows} m -> a b"),
     "native grad_input": Split("{values}, {index}, a b -> {rows} m"),
     "native grad_weight": Split("{values}, {index}, {rows} m -> a b"),
-    "native live_rows": Split("{rows} n -> {rows}"),
-    "native rows grad_input": Split("{rows} n, {rows}, a b -> {rows} m"),
     "native dither": Split("{rows} n, {rows}, k, s -> {rows} n, {rows}"),
     "native row_moments": Split("{rows} n -> {rows} c"),
     "native entries grad_input": Split("{rows} n, s, a b -> {rows} m"),
@@ -55,9 +53,6 @@ SPLITS = {
     "native weight_gradient": Split("{rows} m, {rows} n, a, b -> c"),
     "native sparse_convolution": Split("a, b, c, d, {rows} h w m -> {rows} p q n"),
     "native sparse_convolution_gradient": Split("{rows} h w m, {rows} p q n, a, b -> c"),
-    "native images_grad_input": Split("{rows} p q n, {rows}, a b m c -> {rows} h w d"),
-    "native images_grad_weight": Split("{rows} p q n, {rows}, {rows} h w m -> a b c d"),
-    "native rows grad_weight": Split("{rows} n, {rows}, {rows} m -> a b"),
 }
 
 
@@ -142,7 +137,7 @@ class _Cut:
         """Return the mesh axes over which the first operand that has rows is split."""
         for operand, axis in zip(operands, self.operand_axes, strict=True):
             if axis is not None:
-                return _names_on(operand, axis)
+                return names_on(operand, axis)
         return ()
 
     def local_shapes(self, results: Shapes, shards: int) -> Shapes:
@@ -166,7 +161,7 @@ def _placed(mesh: Any, names: Names, axis: int | None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*([None] * axis), names or None) if axis is not None else PartitionSpec())
 
 
-def _names_on(placed: Any, axis: int) -> Names:
+def names_on(placed: Any, axis: int) -> Names:
     """Return the mesh axes over which an axis is split; none where XLA does not name them (arrays off the mesh)."""
     spec = getattr(placed.sharding, "spec", ())
     part = spec[axis] if len(spec) > axis else None
@@ -190,7 +185,7 @@ def _mapped(function: Call, plain: Call) -> Call:
 
         def partition(mesh: Any, placed: Any, out: Any) -> tuple[Any, ...]:
             del out
-            names = _names_on(placed[batched.index(True)], 0)
+            names = names_on(placed[batched.index(True)], 0)
             names = names if size % math.prod(mesh.shape[name] for name in names) == 0 else ()
             operand_places = tuple(_placed(mesh, names, 0 if is_batched else None) for is_batched in batched)
             return mesh, over_batch, tuple(_placed(mesh, names, 0) for _ in results), operand_places

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from msbp_jax import _compat
 from msbp_jax.formats import Rows, weighed
 
 # Shares of the rows. Closer rungs would waste less and take longer to compile: a third at most, a seventh on average.
@@ -33,7 +32,7 @@ def climb(
       whole: The product of the whole matrix.
     """
     rows = p.shape[0]
-    sizes = [] if _compat.is_symbolic(rows) else rungs(rows)
+    sizes = rungs(rows)
     if not sizes:
         return whole()
     order, count = kept_first(p)
@@ -41,7 +40,8 @@ def climb(
     def branch(size: int) -> Callable[[], jax.Array]:
         return lambda: product(order[:size], gathered(p, order[:size]))
 
-    rung = jnp.searchsorted(jnp.asarray(sizes, jnp.int32), largest_of_members(count)).astype(jnp.int32)
+    wanted = largest_of_members(count)
+    rung = sum((wanted > size).astype(jnp.int32) for size in sizes)  # no array of sizes: it would be a constant
     return lax.switch(rung, [*map(branch, sizes), whole])
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from msbp_jax.formats import Rows
 from msbp_jax.kernels.native import calls
+from msbp_jax.kernels.rows.axes import grad_input_axes
 
 
 def grad_input(
@@ -20,6 +21,6 @@ def grad_input(
     rows = cotangent.shape[0]
     results = [((rows, weight.shape[1 - feature_axis]), jnp.float32)]
     operands = [cotangent.values, cotangent.weight, weight]
-    split = ("native rows grad_input", rows, 1)
-    (dx,) = calls.call("rows_grad_input", operands, results, split=split, features_last=feature_axis == 1)
+    axes = grad_input_axes(feature_axis)
+    (dx,) = calls.call("rows_grad_input", operands, results, by=axes, features_last=feature_axis == 1)
     return dx.astype(dtype or jnp.float32)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from msbp_jax.formats import Rows
 from msbp_jax.kernels.native import calls
+from msbp_jax.kernels.rows.axes import grad_weight_axes
 
 
 def grad_weight(
@@ -17,9 +18,9 @@ def grad_weight(
     """See `msbp_jax.kernels.grad_weight`. Products are float32 throughout, whatever `precision` asks for."""
     del precision
     calls.check(cotangent.values, inputs)
-    (rows, n), m = cotangent.shape, inputs.shape[1]
+    n, m = cotangent.shape[1], inputs.shape[1]
     results = [((m, n) if feature_axis == 1 else (n, m), jnp.float32)]
     operands = [cotangent.values, cotangent.weight, inputs]
-    split = ("native rows grad_weight", rows, 1)
-    (dw,) = calls.call("rows_grad_weight", operands, results, split=split, features_last=feature_axis == 1)
+    axes = grad_weight_axes(feature_axis)
+    (dw,) = calls.call("rows_grad_weight", operands, results, by=axes, features_last=feature_axis == 1)
     return dw.astype(dtype or jnp.float32)
