@@ -207,17 +207,36 @@ def test_experts_of_a_ragged_product(sizes, more, share, seed):
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
-def test_images_stay_on_their_devices():
-    """Native kernels run on each device's images, and dw is added up; nothing is gathered."""
+@pytest.mark.parametrize("backend", [None, "xla"])
+@pytest.mark.parametrize("axis", ["images", "features"])
+def test_images_stay_on_their_devices(backend, axis):
+    """Each device computes its own images, or features, and what must be added up is; nothing is gathered."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    w, x = normal(0, 3, 3, 4, 8), normal(1, 16, 6, 6, 4)
-    mask, f = (jnp.arange(16) % 3 == 0).astype(jnp.float32), msbp.sparse_vjp(convolution(), SKIP, min_features=1)
+    w, x, mask = normal(0, 3, 3, 4, 8), normal(1, 32, 6, 6, 4), (jnp.arange(32) % 3 == 0).astype(jnp.float32)
+    f = msbp.sparse_vjp(convolution(), SKIP, min_features=1, backend=backend)
     loss = lambda w, x, mask: (jnp.sin(f(w, x)) * mask[:, None, None, None]).sum()
-    placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec("d")))
-    marks = jax.device_put(mask, NamedSharding(mesh, PartitionSpec("d")))
+    put = lambda array, *spec: jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+    by_images = axis == "images"
+    placed = (w, put(x, "d"), put(mask, "d")) if by_images else (put(w, None, None, None, "d"), put(x), put(mask))
     step = jax.jit(jax.grad(loss, argnums=(0, 1)))
-    assert_trees_close(step(w, placed, marks), gradients(convolution(), w, x, mask))
-    if NATIVE:
-        text = step.lower(w, placed, marks).compile().as_text()
+    assert_trees_close(step(*placed), gradients(convolution(), w, x, mask))
+    if NATIVE or backend:
+        text = step.lower(*placed).compile().as_text()
         assert "all-gather" not in text
         assert "all-reduce" in text
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+def test_experts_over_devices():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, w, sizes, mask = (
+        normal(0, 64, 8),
+        normal(1, 4, 8, 16),
+        jnp.array([10, 0, 30, 14]),
+        (jnp.arange(64) % 4 == 0) * 1.0,
+    )
+    plain, f = (lambda w, x: experts(w, x, sizes)), msbp.sparse_vjp(experts, SKIP, min_features=1)
+    want = gradients(plain, w, x, mask)
+    for spec in (("d",), (None, "d")):
+        placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+        assert_trees_close(gradients(lambda w, x: f(w, x, sizes), w, placed, mask), want)
