@@ -233,7 +233,7 @@ def test_experts_over_devices():
         normal(0, 64, 8),
         normal(1, 4, 8, 16),
         jnp.array([10, 0, 30, 14]),
-        (jnp.arange(64) % 4 == 0) * 1.0,
+        (jnp.arange(64) % 4 == 0).astype(jnp.float32),
     )
     plain, f = (lambda w, x: experts(w, x, sizes)), msbp.sparse_vjp(experts, SKIP, min_features=1)
     want = gradients(plain, w, x, mask)
