@@ -35,7 +35,7 @@ def _changed(owner: Any, rows_per_group: RowsPerGroup) -> Any:
     if not dataclasses.is_dataclass(owner) or isinstance(owner, type):
         return None
     if _chooses_columns(owner):
-        return dataclasses.replace(owner, **{"group": rows_per_group})
+        return dataclasses.replace(owner, group=rows_per_group)
     inner: dict[str, Any] = {}
     for field in dataclasses.fields(owner):
         value = getattr(owner, field.name)

@@ -135,18 +135,18 @@ class SparseFunction:
           params: As in a call; ShapeDtypeStructs will do.
           *args: As in a call; ShapeDtypeStructs will do.
           optimizer: One of Optax, whose update then belongs to the step; None to leave it out.
-          share: Share of the rows or entries that is kept, in (0, 1], where only the run tells; None to read it from the
-            memory or, without one, to count with nothing left out.
-          measure: Whether to time steps, plain and sparse, and variants of the plan, on this machine: some ten seconds
-            and compilation. Needs arrays.
-          **kwargs: As in a call; ShapeDtypeStructs will do; `memory` too, whose running means say how much is kept. What
-            the function itself calls `optimizer`, `share` or `measure` is to be passed by position.
+          share: Share of the rows or entries that is kept, in (0, 1], where only the run tells; None to read it from
+            the memory or, without one, to count with nothing left out.
+          measure: Whether to time steps, plain and sparse, and variants of the plan, on this machine: some ten
+            seconds, and compilation. Needs arrays.
+          **kwargs: As in a call; ShapeDtypeStructs will do. `memory` too: its running means say how much is kept.
+            What the function itself calls `optimizer`, `share` or `measure` is to be passed by position.
 
         Raises:
-          TypeError: A parameter is not a floating array; an option is of the wrong type, or also the name of an argument
-            of the function.
-          ValueError: There are no parameters, no contraction with one, or a pattern of the plan matches nothing; `share`
-            is out of range, or the memory of another model; steps are to be timed, and arguments are shapes.
+          TypeError: A parameter is not a floating array; an option is of the wrong type, or also the name of an
+            argument of the function.
+          ValueError: There are no parameters, no contraction with one, or a pattern of the plan matches nothing;
+            `share` is out of range; steps are to be timed, and arguments are shapes.
         """
         asked = Asked(optimizer=optimizer, share=share, measure=measure).checked(self.function, self._name())
         memory = kwargs.pop(self._memory_name, None)

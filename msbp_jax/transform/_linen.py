@@ -176,18 +176,18 @@ class SparseModule:
           variables: As in `apply`; ShapeDtypeStructs will do.
           *args: As in `apply`; ShapeDtypeStructs will do.
           optimizer: One of Optax, whose update then belongs to the step; None to leave it out.
-          share: Share of the rows or entries that is kept, in (0, 1], where only the run tells; None to read it from the
-            memory or, without one, to count with nothing left out.
-          measure: Whether to time steps, plain and sparse, and variants of the plan, on this machine: some ten seconds
-            and compilation. Needs arrays.
-          **kwargs: As in `apply`; ShapeDtypeStructs will do; `memory` too, whose running means say how much is kept. What
-            the module itself calls `optimizer`, `share` or `measure` is to be passed by position.
+          share: Share of the rows or entries that is kept, in (0, 1], where only the run tells; None to read it from
+            the memory or, without one, to count with nothing left out.
+          measure: Whether to time steps, plain and sparse, and variants of the plan, on this machine: some ten
+            seconds, and compilation. Needs arrays.
+          **kwargs: As in `apply`; ShapeDtypeStructs will do. `memory` too: its running means say how much is kept.
+            What the module itself calls `optimizer`, `share` or `measure` is to be passed by position.
 
         Raises:
-          TypeError: A parameter is not a floating array; an option is of the wrong type, or also the name of an argument
-            of the module.
-          ValueError: `variables` have no parameters, or a pattern of the plan matches nothing; `share` is out of range,
-            or the memory of another model; steps are to be timed, and arguments are shapes.
+          TypeError: A parameter is not a floating array; an option is of the wrong type, or also the name of an
+            argument of the module.
+          ValueError: `variables` have no parameters, or a pattern of the plan matches nothing; `share` is out of
+            range; steps are to be timed, and arguments are shapes.
         """
         asked = Asked(optimizer=optimizer, share=share, measure=measure)
         asked = asked.checked(_called(self.module, kwargs.get("method")), type(self.module).__name__)

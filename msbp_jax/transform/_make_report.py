@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import optax
 
 from msbp_jax import _checks, _compat
 from msbp_jax.kernels.choice.advice import note
+from msbp_jax.memory import MemorizedState
 from msbp_jax.rules import SparseProduct
 from msbp_jax.transform._estimate import StepEstimate, estimate_step
 from msbp_jax.transform._measure import measure as measure_steps
+from msbp_jax.transform._mixes import find_mixing
 from msbp_jax.transform._program import Program
+from msbp_jax.transform._remembers import abstract_result
 from msbp_jax.transform._report import Report, SparseRow
 from msbp_jax.transform._report_rows import dense_row, entering, sparse_row
 from msbp_jax.transform._shares import Shares, find_shares
@@ -80,7 +83,8 @@ def make_report(program: Program, params: Any, asked: Asked, memory: Mapping[str
     """
     program.check_plan()
     sites, weights = _with_weights(program)
-    shares = find_shares(program, asked.share, memory)
+    mixing = find_mixing(program)
+    shares = find_shares(program, asked.share, memory, mixing.mixed)
     sparse = tuple(sparse_row(site, program.backend) for site in sites if site.sparsifier is not None)
     expected = _expected(program, params, shares, asked.optimizer)
     measured = None
@@ -99,7 +103,7 @@ def make_report(program: Program, params: Any, asked: Asked, memory: Mapping[str
         density=shares.said,
         shares=tuple(shares.by_site.items()),
         measured=measured,
-        notes=tuple(text for text in (_mixed(shares, sparse), note()) if text),
+        notes=tuple(text for text in (_mixed(shares, sparse), _idle(program, mixing.centred), note()) if text),
     )
 
 
@@ -159,6 +163,24 @@ def _mixed(shares: Shares, sparse: tuple[SparseRow, ...]) -> str:
     if {row.name for row in sparse} == set(shares.mixed):
         return f"{text}. That is all that is sparse: it saves nothing here, and a memory for it is idle."
     return f"{text}; leave them dense (msbp.dense())."
+
+
+def _idle(program: Program, centred: Container[str]) -> str:
+    """Say which memories stay 0, as the gradient of each feature sums to 0 over the rows that share a choice."""
+    idle = [site.name for site in program.sparse_sites if site.name in centred and _remembers_a_mean(site)]
+    if not idle:
+        return ""
+    return (
+        f"{', '.join(idle)}: right below a norm over the batch, which makes the gradient of each feature sum to 0 over "
+        'the batch. The memory of what is left out, its mean, stays 0: it is idle. reduce="slot" or no memory serves.'
+    )
+
+
+def _remembers_a_mean(site: Site) -> bool:
+    """Whether a site has a memory for each feature, and one choice for all rows."""
+    state = site.abstract_state
+    mean = isinstance(state, MemorizedState) and len(state.residual.shape) == 1 + len(site.instances)
+    return mean and abstract_result(site).columns_are_shared
 
 
 def _takes(target: Callable[..., Any], name: str) -> bool:

@@ -2,16 +2,18 @@
 
 One walk over the program knows of every array on which axis its rows are, one for each example. A sum over that axis
 that is combined with rows again (a mean, a variance of batch norm) hands every row's gradient to all rows: for what it
-was made from, nothing can be skipped. Sums over other axes (layer norm, softmax of attention, pooling) leave rows apart,
-as does a loss. Where the axis is lost on the way, nothing is claimed.
+was made from, nothing can be skipped. Sums over other axes (layer norm, softmax of attention, pooling) leave rows
+apart, as does a loss. Where the axis is lost on the way, nothing is claimed.
+
+The same walk tells which gradients sum to 0 over the rows, as `_shifts` says, so that the mean of them is nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -19,6 +21,8 @@ from msbp_jax import _compat
 from msbp_jax.transform._discover import Place
 from msbp_jax.transform._program import Program
 from msbp_jax.transform._row_axes import LOST, NO_AXIS, joined, moved, summed_axes
+from msbp_jax.transform._shifts import VALUE, Marks, joined_marks, marked
+from msbp_jax.transform._sites import Site
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,6 +34,7 @@ class _Array:
       by_row: Sites whose results it was made from row by row.
       in_sums: Sites whose results it has a sum of, over all rows.
       mixed: Sites that get their gradient through such a sum and rows that it was combined with.
+      shifts: How it changes with the mean of a site's result.
       of_sites: Whether any site's result touched it, be it only by a comparison.
     """
 
@@ -37,6 +42,7 @@ class _Array:
     by_row: frozenset[str] = frozenset()
     in_sums: frozenset[str] = frozenset()
     mixed: frozenset[str] = frozenset()
+    shifts: Marks = frozenset()
     of_sites: bool = False
 
     def without_gradient(self) -> _Array:
@@ -48,8 +54,22 @@ class _Array:
             by_row=self.by_row | other.by_row,
             in_sums=self.in_sums | other.in_sums,
             mixed=self.mixed | other.mixed,
+            shifts=joined_marks(self.shifts, other.shifts),
             of_sites=self.of_sites or other.of_sites,
         )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Mixing:
+    """What norms over the batch do to gradients.
+
+    Attributes:
+      mixed: The names of the sites whose gradient has no zero rows.
+      centred: Of those whose gradient sums to 0 over the rows, feature by feature.
+    """
+
+    mixed: frozenset[str]
+    centred: frozenset[str]
 
 
 def mixes_rows(program: Program) -> set[str]:
@@ -58,18 +78,29 @@ def mixes_rows(program: Program) -> set[str]:
     Args:
       program: The program; its arguments may be shapes.
     """
+    return set(find_mixing(program).mixed)
+
+
+def find_mixing(program: Program) -> Mixing:
+    """Return what norms over the batch do to the gradients of a program's sites.
+
+    Args:
+      program: The program; its arguments may be shapes.
+    """
     rows = _rows(program)
     if rows is None:
-        return set()
+        return Mixing(frozenset(), frozenset())
     states = len(program.parameters) + program.states
     arguments = [
-        _Array(axis=0 if number >= states and var.aval.shape[:1] == (rows,) else NO_AXIS)
+        _Array(axis=0 if number >= states and _compat.shape_of(var).shape[:1] == (rows,) else NO_AXIS)
         for number, var in enumerate(program.jaxpr.jaxpr.invars)
     ]
-    walk = _Walk(rows, {site.found.place: site.name for site in program.sites})
+    walk = _Walk(rows, program.sites)
     results = walk.jaxpr(program.jaxpr, arguments, ())
     outputs = [result for result, is_output in zip(results, program.is_output, strict=True) if is_output]
-    return set().union(*(output.mixed for output in outputs))
+    mixed: frozenset[str] = frozenset().union(*(output.mixed for output in outputs))
+    shifted = {name for output in outputs for name, _ in output.shifts}
+    return Mixing(mixed, mixed - shifted)
 
 
 def _rows(program: Program) -> int | None:
@@ -82,9 +113,10 @@ def _rows(program: Program) -> int | None:
 
 
 class _Walk:
-    def __init__(self, rows: int, names: dict[Place, str]) -> None:
+    def __init__(self, rows: int, sites: Sequence[Site]) -> None:
         self.rows = rows
-        self.names = names
+        self.names = {site.found.place: site.name for site in sites}
+        self.features = {site.name: site.dims.n * math.prod(site.dims.batch_shape) for site in sites}
 
     def jaxpr(self, jaxpr: _compat.ClosedJaxpr, arguments: Sequence[_Array], place: Place) -> list[_Array]:
         known: dict[_compat.Var, _Array] = dict.fromkeys(jaxpr.jaxpr.constvars, _Array())
@@ -93,7 +125,7 @@ class _Walk:
         for number, eqn in enumerate(jaxpr.jaxpr.eqns):
             results = self.equation(eqn, [read(atom) for atom in eqn.invars], (*place, number))
             for var, result in zip(eqn.outvars, results, strict=True):
-                has_gradient = jnp.issubdtype(getattr(var.aval, "dtype", None), jnp.inexact)
+                has_gradient = jnp.issubdtype(_compat.shape_of(var).dtype, jnp.inexact)
                 known[var] = result if has_gradient else result.without_gradient()
         return [read(atom) for atom in jaxpr.jaxpr.outvars]
 
@@ -131,9 +163,11 @@ class _Walk:
             axis, found = NO_AXIS, dataclasses.replace(found, by_row=frozenset(), in_sums=found.by_row | found.in_sums)
         elif axis not in (NO_AXIS, LOST) and found.in_sums:
             found = dataclasses.replace(found, in_sums=frozenset(), mixed=found.mixed | found.in_sums)
+        shifts = marked(eqn, [array.shifts for array in inputs], sums_rows=sums_rows, features=self.features)
         if (name := self.names.get(place)) is not None:
             found = dataclasses.replace(found, by_row=found.by_row | {name}, of_sites=True)
-        return dataclasses.replace(found, axis=axis)
+            shifts |= {(name, VALUE)}
+        return dataclasses.replace(found, axis=axis, shifts=shifts)
 
     def _scan(self, eqn: _compat.JaxprEqn, inputs: list[_Array], place: Place) -> list[_Array]:
         consts, carries = _compat.scan_arity(eqn.params)

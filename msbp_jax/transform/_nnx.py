@@ -143,12 +143,12 @@ class SparseNNXModule(nnx.Module):
           *args: As in a call; ShapeDtypeStructs will do.
           method: Name of the module's method that is called.
           optimizer: One of Optax, whose update then belongs to the step; None to leave it out.
-          share: Share of the rows or entries that is kept, in (0, 1], where only the run tells; None to read it from the
-            module's memory or, without one, to count with nothing left out.
-          measure: Whether to time steps, plain and sparse, and variants of the plan, on this machine: some ten seconds
-            and compilation. Needs arrays.
-          **kwargs: As in a call; ShapeDtypeStructs will do. What the module itself calls `optimizer`, `share` or `measure`
-            is to be passed by position.
+          share: Share of the rows or entries that is kept, in (0, 1], where only the run tells; None to read it from
+            the module's memory or, without one, to count with nothing left out.
+          measure: Whether to time steps, plain and sparse, and variants of the plan, on this machine: some ten
+            seconds, and compilation. Needs arrays.
+          **kwargs: As in a call; ShapeDtypeStructs will do. What the module itself calls `optimizer`, `share` or
+            `measure` is to be passed by position.
 
         Raises:
           TypeError: An option is of the wrong type, or also the name of an argument of the module.

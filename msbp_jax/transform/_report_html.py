@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from msbp_jax.transform._report_words import headline, measured_words, ms, saved_words, skipped_words
+from msbp_jax.transform._report_words import headline, measured_words, ms, ratio, saved_words, skipped_words
 
 if TYPE_CHECKING:
     from msbp_jax.transform._report import Report
@@ -34,8 +34,10 @@ def to_html(report: Report) -> str:
     return "\n".join(parts)
 
 
-_SPARSE = ("layer", "backward", "ms", "dense ms", "saved", "backend", "contraction", "sparsifier", "keeps")
-_SPARSE += ("rows/group", "memories", "")
+_SPARSE = (
+    *("layer", "backward", "ms", "dense ms", "saved", "backend"),
+    *("contraction", "sparsifier", "keeps", "rows/group", "memories", ""),
+)
 
 
 def _sparse(report: Report) -> Iterable[Sequence[str]]:
@@ -48,7 +50,7 @@ def _sparse(report: Report) -> Iterable[Sequence[str]]:
 
 def _times(report: Report, name: str) -> tuple[str, str, str]:
     layer = report.layers.get(name)
-    return ("-", "-", "-") if layer is None else (f"{layer.speed_up:.3g}x", ms(layer.sparse), ms(layer.dense))
+    return ("-", "-", "-") if layer is None else (ratio(layer.speed_up), ms(layer.sparse), ms(layer.dense))
 
 
 def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -32,7 +32,14 @@ WHILE_NOTHING = "while nothing is left out"
 
 def gain(speed_up: float) -> str:
     """Say by how much a step is faster, or slower."""
-    return f"a step {speed_up:.3g} times faster" if speed_up >= 1 else f"a step {speed_up:.2g} times as fast"
+    if round(speed_up, 2) == 1:
+        return "a step as fast as the dense one"
+    return f"a step {speed_up:.3g} times faster" if speed_up > 1 else f"a step {speed_up:.2g} times as fast"
+
+
+def ratio(speed_up: float) -> str:
+    """Return a speed-up for a table."""
+    return f"{speed_up:.2f}x" if speed_up < 10 else f"{speed_up:.3g}x"
 
 
 def measured_words(measured: Measured | None) -> list[str]:
@@ -52,8 +59,8 @@ def measured_words(measured: Measured | None) -> list[str]:
             + (f" ({others})." if others else ".")
         )
     if measured.leave_dense and not measured.train_dense:
-        took = dict(measured.left_dense)
-        each = ", ".join(f"{name} ({ms(took[name])} ms with it dense)" for name in measured.leave_dense)
+        without = dict(measured.left_dense)
+        each = ", ".join(f"{name} ({ms(without[name])} ms with it dense)" for name in measured.leave_dense)
         said.append(f"Leave dense: {each}.")
     if measured.not_tried:
         said.append(f"Not tried, for want of time: {', '.join(measured.not_tried)}.")

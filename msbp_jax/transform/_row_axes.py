@@ -140,25 +140,21 @@ def _same_size(params: dict[str, Any], axes: Sequence[int], shapes: _Shapes, out
     return axis if joined(axes) == axis >= 0 and len(shapes[0]) == len(out) and shapes[0][axis] == out[axis] else LOST
 
 
-_RULES: dict[str, Callable[..., int]] = (
-    {
-        "broadcast_in_dim": _broadcast,
-        "transpose": _transpose,
-        "reshape": _reshape,
-        "squeeze": _reduce,
-        "dot_general": _dot_general,
-        "conv_general_dilated": _convolution,
-        "gather": _gather,
-        "concatenate": _joined_along("dimension"),
-        "split": _joined_along("axis"),
-    }
-    | dict.fromkeys(
-        ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin"),
-        _reduce,
-    )
-    | dict.fromkeys(
-        ("slice", "dynamic_slice", "pad", "rev", "sort", "reduce_window", "reduce_window_sum", "reduce_window_max")
-        + ("reduce_window_min", "cumsum", "top_k"),
-        _same_size,
-    )
+_REDUCED = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin")
+_OF_ONE_SIZE = (
+    *("slice", "dynamic_slice", "pad", "rev", "sort", "cumsum", "top_k"),
+    *("reduce_window", "reduce_window_sum", "reduce_window_max", "reduce_window_min"),
 )
+_RULES: dict[str, Callable[..., int]] = {
+    "broadcast_in_dim": _broadcast,
+    "transpose": _transpose,
+    "reshape": _reshape,
+    "squeeze": _reduce,
+    "dot_general": _dot_general,
+    "conv_general_dilated": _convolution,
+    "gather": _gather,
+    "concatenate": _joined_along("dimension"),
+    "split": _joined_along("axis"),
+    **dict.fromkeys(_REDUCED, _reduce),
+    **dict.fromkeys(_OF_ONE_SIZE, _same_size),
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,6 @@ from msbp_jax import _checks, _compat
 from msbp_jax.carriers import plain
 from msbp_jax.formats import Format
 from msbp_jax.sparsifiers._metrics import metrics_of
-from msbp_jax.transform._mixes import mixes_rows
 from msbp_jax.transform._plan import OUTPUTS
 from msbp_jax.transform._program import Program
 from msbp_jax.transform._remembers import Remembers, abstract_result
@@ -37,19 +36,21 @@ class Shares:
     kept_by_rows: bool
 
 
-def find_shares(program: Program, share: float | None, memory: Mapping[str, Any] | None) -> Shares:
+def find_shares(
+    program: Program, share: float | None, memory: Mapping[str, Any] | None, above: Container[str]
+) -> Shares:
     """Return the shares of the sites of a program.
 
     Args:
       program: The program.
       share: One for all; None to read them from the memory.
       memory: Of the program; None for none.
+      above: Sites whose gradient has no zero rows.
     """
     sparse = {site.name: abstract_result(site) for site in program.sparse_sites}
     dynamic = {name: p for name, p in sparse.items() if not all(_is_known(q) for q in p.parts)}
     told = densities(memory)
     own = {name: _tells_density(site) for name, site in ((s.name, s) for s in program.sparse_sites) if name in dynamic}
-    above = mixes_rows(program) if dynamic else set()
     skips = {name for name, p in dynamic.items() if any(q.skips == "rows" and not _is_known(q) for q in p.parts)}
     mixed = tuple(name for name in dynamic if name in above and name in skips and not own[name])
     known = _known_entering(program)
