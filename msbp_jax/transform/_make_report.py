@@ -142,7 +142,7 @@ def _expected(
     """Return what a step is expected to take, each layer at its own share."""
     del params
     sizes = [dim for aval in (*program.jaxpr.in_avals, *program.jaxpr.out_avals) for dim in getattr(aval, "shape", ())]
-    if any(map(_compat.is_symbolic, sizes)):
+    if program.weights or any(map(_compat.is_symbolic, sizes)):
         return None
     rounded = {name: float(f"{share:.2g}") for name, share in shares.by_site.items()}
     by_share = {s: estimate_step(program, share=s, optimizer=optimizer) for s in {1.0, *rounded.values()}}

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from msbp_jax import _compat
 from msbp_jax.transform._discover import Place
 from msbp_jax.transform._program import Program
-from msbp_jax.transform._row_axes import LOST, NO_AXIS, joined, moved, summed_axes
+from msbp_jax.transform._row_axes import LOST, NO_AXIS, joined, moved, reduces, summed_axes
 from msbp_jax.transform._shifts import VALUE, Marks, joined_marks, marked
 from msbp_jax.transform._sites import Site
 
@@ -161,6 +161,8 @@ class _Walk:
             found = dataclasses.replace(found, by_row=frozenset(), in_sums=frozenset())
         if sums_rows:
             axis, found = NO_AXIS, dataclasses.replace(found, by_row=frozenset(), in_sums=found.by_row | found.in_sums)
+        elif inputs and reduces(eqn, inputs[0].axis):  # the gradient goes to a few rows
+            axis, found = NO_AXIS, dataclasses.replace(found, by_row=frozenset())
         elif axis not in (NO_AXIS, LOST) and found.in_sums:
             found = dataclasses.replace(found, in_sums=frozenset(), mixed=found.mixed | found.in_sums)
         shifts = marked(eqn, [array.shifts for array in inputs], sums_rows=sums_rows, features=self.features)

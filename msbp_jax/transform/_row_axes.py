@@ -30,6 +30,11 @@ def summed_axes(eqn: _compat.JaxprEqn) -> list[tuple[int, ...]]:
     return []
 
 
+def reduces(eqn: _compat.JaxprEqn, axis: int) -> bool:
+    """Whether an equation takes one number of each column along an axis, such as the largest, and adds nothing up."""
+    return eqn.primitive.name in _REDUCED and axis in eqn.params["axes"]
+
+
 def moved(eqn: _compat.JaxprEqn, number: int, axes: Sequence[int], rows: int) -> int:
     """Return where the rows are in a result of an equation.
 

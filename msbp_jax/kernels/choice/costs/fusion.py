@@ -112,7 +112,7 @@ def elementwise(listed: Listing, stored: set[Token]) -> dict[str, tuple[float, .
             continue
         entries = max(map(size_of, equation.results), default=0)
         costly += entries * (equation.name in _COSTLY)
-        padded += size_of(equation.avals[0]) * (equation.name == "pad")
+        padded += size_of(equation.avals[0]) if equation.name == "pad" and equation.avals else 0
         computed += entries * (equation.name not in _COSTLY | _NOTHING | {"pad"})
         ends = stored.intersection(equation.outputs)
         loops += len(ends)
