@@ -167,6 +167,14 @@ def test_a_program_under_an_axis_and_one_without_a_gradient():
     assert estimate_step(program(named, TOP_K, jnp.ones((64, 64)), jnp.ones((32, 64)))).plain > 0
 
 
+def test_a_branch_for_another_platform_is_none():
+    def either(w, x):
+        return jax.lax.platform_dependent(x, cpu=lambda x: x @ w, tpu=lambda x: (x @ w) @ (w @ w))
+
+    step = estimate_step(program(either, TOP_K, jnp.ones((64, 64)), jnp.ones((32, 64))))
+    assert [layer.name for layer in step.layers] == ["params"]
+
+
 def test_on_an_accelerator_the_roofline_tells(monkeypatch):
     cpu = of_mlp(TOP_K)
     monkeypatch.setattr(target, "device", lambda: target.Device("gpu", "NVIDIA H100 80GB HBM3"))
