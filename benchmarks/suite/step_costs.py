@@ -8,6 +8,7 @@ Each piece is a small program of few kinds of work: products, convolutions, nati
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,8 +18,9 @@ import numpy as np
 import optax
 
 import msbp_jax as msbp
+from benchmarks.helpers.networks import CNN, LSTM, MLP, NERVA, Setting, Transformer, problem
 from benchmarks.helpers.records import Row
-from benchmarks.helpers.timing import medians, timed
+from benchmarks.helpers.timing import Timed, medians, timed, training
 from benchmarks.suite import step_loops
 from benchmarks.suite.context import Context
 from benchmarks.suite.convolutions import Layer, convolution
@@ -36,12 +38,14 @@ class Piece(NamedTuple):
       arguments: Its arrays.
       share: The share of rows or entries that is not 0 among them.
       work: Its work, where that does not follow from its program.
+      in_place: Whether its first argument is a state that it gives back renewed.
     """
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     share: float = 1.0
     work: Work | None = None
+    in_place: bool = False
 
 
 PRODUCTS = (
@@ -58,7 +62,15 @@ PRODUCTS = (
     (2048, 512, 2048),
 )
 BATCHED = ((64, 64, 64, 64), (16, 128, 64, 128), (128, 32, 32, 32))  # products, rows, depth, columns
-SELECTIONS = ((64, 256, 1024), (128, 784, 500), (256, 1024, 256), (512, 512, 512), (1024, 1024, 1024), (2048, 128, 512))
+SELECTIONS = (
+    (32, 128, 512),
+    (64, 256, 1024),
+    (128, 784, 500),
+    (256, 1024, 256),
+    (512, 512, 512),
+    (1024, 1024, 1024),
+    (2048, 128, 512),
+)
 KEPT: tuple[tuple[float, int | None], ...] = (
     (0.04, 1),
     (0.1, 1),
@@ -89,15 +101,22 @@ CONVOLUTIONS = (
     Layer(32, 16, 64, 6, 3, 1),
     Layer(32, 8, 6, 128, 3, 1),
 )
+NETWORKS_COUNT = 3.0  # as much as so many pieces by themselves
 SHARES = (1 / 16, 1 / 4, 1 / 2)
 
 
 def measure(context: Context) -> Iterator[Row]:
     """Yield the time of each piece."""
     for family, pieces in families(context.small).items():
-        calls = {name: timed(jax.jit(piece.function), *piece.arguments) for name, piece in pieces.items()}
+        calls = {name: _call(piece) for name, piece in pieces.items()}
         for name, ms in medians(calls, context.rounds, warm_up=1).items():
             yield {"family": family, "piece": name, "ms": round(ms, 4)}
+
+
+def _call(piece: Piece) -> Timed:
+    if piece.in_place:
+        return training(piece.function, *piece.arguments)
+    return timed(jax.jit(piece.function), *piece.arguments)
 
 
 def families(small: bool = False) -> dict[str, dict[str, Piece]]:
@@ -110,10 +129,11 @@ def families(small: bool = False) -> dict[str, dict[str, Piece]]:
         "patches": _patches,
         "loops": _loops,
         "optimizers": _optimizers,
+        "networks": _networks,
     }
     if "native" not in kernels.backends()["grad_input"]:
         made = {name: pieces for name, pieces in made.items() if name not in ("columns", "rows and entries")}
-    return {name: dict(list(pieces().items())[: 2 if small else None]) for name, pieces in made.items()}
+    return {name: dict(itertools.islice(pieces(), 2 if small else None)) for name, pieces in made.items()}
 
 
 def fit(table: list[Row]) -> dict[str, tuple[float, ...]]:
@@ -128,10 +148,12 @@ def fit(table: list[Row]) -> dict[str, tuple[float, ...]]:
     units = np.array([[(*work.get(kind, ()), *[0.0] * 9)[i] for kind, i in places] for _, work in rows])
     seconds = np.array([s for s, _ in rows])
     relative = units / seconds[:, None]
+    given = np.array([NETWORKS_COUNT if row["family"] == "networks" else 1.0 for row in table])
     weights, scale = np.ones(len(rows)), np.maximum(relative.max(axis=0), 1e-30)
     found = np.zeros(len(places))
     for _ in range(10):  # towards the least absolute error, which outliers pull less
-        found = nnls(relative / scale * weights[:, None], weights, maxiter=100000)[0] / scale
+        by = weights * given
+        found = nnls(relative / scale * by[:, None], by, maxiter=100000)[0] / scale
         weights = 1 / np.sqrt(np.maximum(np.abs(relative @ found - 1), 0.05))
     out: dict[str, list[float]] = {}
     for (kind, _), value in zip(places, found, strict=True):
@@ -150,67 +172,61 @@ def _normal(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), jnp.float32)
 
 
-def _products() -> dict[str, Piece]:
-    out = {}
+def _products() -> Iterator[tuple[str, Piece]]:
     for rows, m, n in PRODUCTS:
         name, (x, w, g) = f"{rows}x{m}x{n}", (_normal(rows, m), _normal(m, n), _normal(rows, n))
-        out[f"y {name}"] = Piece(jnp.matmul, (x, w))
-        out[f"dx {name}"] = Piece(lambda x, w, g: jax.vjp(lambda x: x @ w, x)[1](g), (x, w, g))
-        out[f"dw {name}"] = Piece(lambda x, w, g: jax.vjp(lambda w: x @ w, w)[1](g), (x, w, g))
+        yield f"y {name}", Piece(jnp.matmul, (x, w))
+        yield f"dx {name}", Piece(lambda x, w, g: jax.vjp(lambda x: x @ w, x)[1](g), (x, w, g))
+        yield f"dw {name}", Piece(lambda x, w, g: jax.vjp(lambda w: x @ w, w)[1](g), (x, w, g))
     for batch, rows, depth, columns in BATCHED:
         x, w = _normal(batch, rows, depth), _normal(batch, depth, columns)
-        out[f"{batch} of {rows}x{depth}x{columns}"] = Piece(jnp.matmul, (x, w))
+        yield f"{batch} of {rows}x{depth}x{columns}", Piece(jnp.matmul, (x, w))
         turned = lambda x, w: jnp.einsum("bik,bjk->bij", x, w)  # as scores are made of queries and keys
-        out[f"{batch} of {rows}x{depth}x{columns}, turned"] = Piece(turned, (x, _normal(batch, columns, depth)))
-    return out
+        yield f"{batch} of {rows}x{depth}x{columns}, turned", Piece(turned, (x, _normal(batch, columns, depth)))
 
 
-def _columns() -> dict[str, Piece]:
-    out = {}
+def _columns() -> Iterator[tuple[str, Piece]]:
     for rows, m, n in SELECTIONS:
         x, w, g, memory = _normal(rows, m), _normal(m, n), _normal(rows, n), jnp.zeros(n)
         for density, group in KEPT:
             k, name = max(1, round(density * n)), f"{rows}x{m}x{n}, {density:.0%} r={group}"
             select = functools.partial(kernels.select, k=k, rows_per_group=group)
-            out[f"select {name}"] = Piece(select, (g,))
+            yield f"select {name}", Piece(select, (g,))
             remembered = functools.partial(kernels.select_with_memory, k=k, rows_per_group=group)
-            out[f"select with memory {name}"] = Piece(remembered, (g, memory))
+            yield f"select with memory {name}", Piece(remembered, (g, memory))
             p = select(g)
-            out[f"dx {name}"] = Piece(functools.partial(kernels.grad_input, feature_axis=1, backend="native"), (p, w))
-            out[f"dw {name}"] = Piece(functools.partial(kernels.grad_weight, feature_axis=1, backend="native"), (p, x))
-    return out
+            yield f"dx {name}", Piece(functools.partial(kernels.grad_input, feature_axis=1, backend="native"), (p, w))
+            yield f"dw {name}", Piece(functools.partial(kernels.grad_weight, feature_axis=1, backend="native"), (p, x))
 
 
-def _rows_and_entries() -> dict[str, Piece]:
-    out = {}
-    for rows, m, n in SELECTIONS[:-1]:
+def _rows_and_entries() -> Iterator[tuple[str, Piece]]:
+    for rows, m, n in SELECTIONS[1:-1]:
         x, w, g = _normal(rows, m), _normal(m, n), _normal(rows, n)
-        out[f"dither {rows}x{n}"] = Piece(_dithered, (g,))
+        yield f"dither {rows}x{n}", Piece(_dithered, (g,))
         for share in SHARES:
             draw = np.random.default_rng(0)
             weight = jnp.asarray(draw.permutation(rows) < round(share * rows), jnp.float32)
             entries = msbp.Entries(g * jnp.asarray(draw.random((rows, n)) < share / 2, jnp.float32))
-            out[f"live rows {share:.3g} of {rows}x{n}"] = Piece(kernels.live_rows, (g * weight[:, None],), share)
+            yield f"live rows {share:.3g} of {rows}x{n}", Piece(kernels.live_rows, (g * weight[:, None],), share)
             for kind, p, kept in (("rows", msbp.Rows(g, 2 * weight), share), ("entries", entries, share / 2)):
                 name = f"{kind} {kept:.3g} of {rows}x{m}x{n}"
                 dx = functools.partial(kernels.grad_input, feature_axis=1, backend="native")
                 dw = functools.partial(kernels.grad_weight, feature_axis=1, backend="native")
-                out[f"dx {name}"], out[f"dw {name}"] = Piece(dx, (p, w), kept), Piece(dw, (p, x), kept)
-    return out
+                yield f"dx {name}", Piece(dx, (p, w), kept)
+                yield f"dw {name}", Piece(dw, (p, x), kept)
 
 
 def _dithered(g: jax.Array) -> Any:
     return kernels.dither(g, jnp.asarray([1, 2], jnp.uint32), 4 * kernels.spread(g))
 
 
-def _convolutions() -> dict[str, Piece]:
-    out = {}
+def _convolutions() -> Iterator[tuple[str, Piece]]:
     for layer in CONVOLUTIONS:
         name, (x, w, g) = _name(layer), _arrays(layer)
         forward = functools.partial(convolution, layer)
-        out[f"y {name}"] = Piece(forward, (w, x))
-        out[f"dx {name}"] = Piece(lambda w, x, g, f=forward: jax.vjp(lambda x: f(w, x), x)[1](g), (w, x, g))
-        out[f"dw {name}"] = Piece(lambda w, x, g, f=forward: jax.vjp(lambda w: f(w, x), w)[1](g), (w, x, g))
+        yield f"y {name}", Piece(forward, (w, x))
+        yield f"dx {name}", Piece(lambda w, x, g, f=forward: jax.vjp(lambda x: f(w, x), x)[1](g), (w, x, g))
+        yield f"dw {name}", Piece(lambda w, x, g, f=forward: jax.vjp(lambda w: f(w, x), w)[1](g), (w, x, g))
     for batch, size, channels in ((16, 16, 64), (32, 32, 32)):
         name, x, w = (
             f"depthwise {batch}x{size}x{channels}",
@@ -218,9 +234,8 @@ def _convolutions() -> dict[str, Piece]:
             _normal(3, 3, 1, channels),
         )
         forward = functools.partial(_depthwise, channels)
-        out[f"y {name}"] = Piece(forward, (w, x))
-        out[f"dx, dw {name}"] = Piece(lambda w, x, f=forward: jax.vjp(f, w, x)[1](x), (w, x))
-    return out
+        yield f"y {name}", Piece(forward, (w, x))
+        yield f"dx, dw {name}", Piece(lambda w, x, f=forward: jax.vjp(f, w, x)[1](x), (w, x))
 
 
 def _depthwise(channels: int, w: jax.Array, x: jax.Array) -> jax.Array:
@@ -228,8 +243,7 @@ def _depthwise(channels: int, w: jax.Array, x: jax.Array) -> jax.Array:
     return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=channels)
 
 
-def _patches() -> dict[str, Piece]:
-    out = {}
+def _patches() -> Iterator[tuple[str, Piece]]:
     for layer in CONVOLUTIONS[1:12]:
         x, _, g = _arrays(layer)
         lo = max(0, (g.shape[1] - 1) * layer.stride + layer.window - layer.size)
@@ -241,24 +255,22 @@ def _patches() -> dict[str, Piece]:
             rhs_dilation=(1, 1),
             positions=g.shape[1:3],
         )
-        out[f"laid out {_name(layer)}"] = Piece(window.patches, (x,))
+        yield f"laid out {_name(layer)}", Piece(window.patches, (x,))
         made = jax.eval_shape(window.patches, x)
         back = lambda x, g, window=window: jax.vjp(window.patches, x)[1](g)[0]
-        out[f"added up {_name(layer)}"] = Piece(back, (x, _normal(*made.shape)))
-    return out
+        yield f"added up {_name(layer)}", Piece(back, (x, _normal(*made.shape)))
 
 
-def _loops() -> dict[str, Piece]:
-    out = {name: Piece(function, arguments) for name, (function, arguments) in step_loops.pieces().items()}
+def _loops() -> Iterator[tuple[str, Piece]]:
+    for name, (function, arguments) in step_loops.pieces().items():
+        yield name, Piece(function, arguments)
     for rows in (64, 1024):
         drawn = msbp.sample_rows(density=0.25)
         g = _normal(rows, 10)
-        out[f"draw of {rows} rows"] = Piece(drawn.apply, (g, drawn.init(jax.ShapeDtypeStruct(g.shape, g.dtype))))
-    return out
+        yield f"draw of {rows} rows", Piece(drawn.apply, (g, drawn.init(jax.ShapeDtypeStruct(g.shape, g.dtype))))
 
 
-def _optimizers() -> dict[str, Piece]:
-    out = {}
+def _optimizers() -> Iterator[tuple[str, Piece]]:
     for name, tx in (("momentum", optax.sgd(0.1, momentum=0.9)), ("Adam", optax.adam(1e-3)), ("SGD", optax.sgd(0.1))):
         for shapes in (
             [(500, 500), (500,)] * 3,
@@ -266,16 +278,43 @@ def _optimizers() -> dict[str, Piece]:
             [(3, 3, 64, 64), (64,)] * 12,
             [(2048, 2048)],
         ):
-            params = {str(i): _normal(*shape) for i, shape in enumerate(shapes)}
+            params: Any = {str(i): _normal(*shape) for i, shape in enumerate(shapes)}
             state, grads = tx.init(params), jax.tree.map(jnp.ones_like, params)
 
-            def update(params: Any, state: Any, grads: Any, tx: Any = tx) -> Any:
-                updates, state = tx.update(grads, state, params)
-                return optax.apply_updates(params, updates), state
+            def update(state: Any, grads: Any, tx: Any = tx) -> Any:
+                params, own = state
+                updates, own = tx.update(grads, own, params)
+                return (optax.apply_updates(params, updates), own), jnp.zeros(())
 
             work = optimizers.work_of_update(tx, params)
-            out[f"{name} {len(shapes)} of {shapes[0]}"] = Piece(update, (params, state, grads), 1.0, work)
-    return out
+            yield (
+                f"{name} {len(shapes)} of {shapes[0]}",
+                Piece(update, ((params, state), grads), 1.0, work, in_place=True),
+            )
+
+
+def _networks() -> Iterator[tuple[str, Piece]]:
+    """Return gradients of a few whole networks: side by side, pieces find less in the caches than each by itself."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    text = lambda sequences, length: jax.random.randint(keys[0], (sequences, length), 0, 64)
+    labels = lambda *shape: jax.random.randint(keys[1], shape, 0, 10)
+    settings = (
+        Setting("MLP 3072-1024-512-10", NERVA, _normal(100, 3072), labels(100), 32),
+        Setting("MLP 784-(768 x 2)-10", MLP(768, 3), _normal(256, 784), labels(256), 32),
+        Setting("LSTM 192", LSTM(64, 192), text(48, 20), labels(48, 20), 32),
+        Setting("transformer 1 x 192", Transformer(64, 192, 1), text(12, 40), labels(12, 40), 32),
+        Setting("CNN 24-48-96", CNN(24), _normal(16, 24, 24, 3), labels(16), 32),
+    )
+    methods: dict[str, msbp.Sparsifier | None] = {
+        "dense": None,
+        "top-k": msbp.top_k(density=0.04),
+        "MSBP": msbp.memorized(msbp.top_k(density=0.1, rows_per_group=32), decay=0.8),
+        "all": msbp.top_k(density=0.1, rows_per_group=None),
+    }
+    for setting in settings:
+        for name, sparsifier in methods.items():
+            gradients, params, memory = problem(setting, sparsifier)
+            yield f"{setting.name}, {name}", Piece(gradients, (params, memory, setting.x, setting.y))
 
 
 def _name(layer: Layer) -> str:

@@ -7,8 +7,8 @@ seconds that it was measured to take (`kernels/choice/costs`). What a step takes
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -18,10 +18,12 @@ import optax
 from msbp_jax import _compat
 from msbp_jax.kernels.choice.costs.coefficients import seconds
 from msbp_jax.kernels.choice.costs.optimizers import work_of_update
-from msbp_jax.kernels.choice.costs.work import Work, joined, times, work_of_run
+from msbp_jax.kernels.choice.costs.work import Work, work_of_run
 from msbp_jax.rules._work import Use, dense_work, entering_work, forward_work, sparse_work
 from msbp_jax.transform._program import Program
 from msbp_jax.transform._sites import Site
+
+_NOT_RUN = "which is not run here"  # in a branch for another platform
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,27 +100,28 @@ def estimate_step(
             f"There is no model of what a step with sparse weights takes, and {named} is sparse. Estimate the dense "
             "model, wrapped by sparse_vjp alone."
         )
-    layers, backward = [], []
+    layers = []
     entering = program.outputs
     if entering is not None and entering.sparsifier is not None and not entering.is_empty:
         drawn, known = entering_work(entering.sparsifier, entering.cotangent)
         layers.append(LayerEstimate(name=entering.name, dense=0.0, sparse=seconds(drawn)))
         share = known if share is None else share
-    for site in filter(_is_layer, program.sites):
+    kept = 1.0 if share is None else share
+    # Layers of one shape are traced once.
+    dense_of, forward_of = functools.cache(dense_work), functools.cache(forward_work)
+    sparse_of = functools.cache(lambda use, sparsifier: sparse_work(use, sparsifier, program.backend, kept))
+    running = [site for site in program.sites if site.operation is not None and _NOT_RUN not in site.found.sealed]
+    for site in filter(_is_layer, running):
         use = _use(site)
-        dense = times(dense_work(use), _uses(site))
-        backward.append(dense)
-        sparse = dense
+        dense = sparse = seconds(dense_of(use)) * _uses(site)
         if site.sparsifier is not None:
-            sparse = times(
-                sparse_work(use, site.sparsifier, program.backend, 1.0 if share is None else share), _uses(site)
-            )
-        layers.append(LayerEstimate(name=site.name, dense=seconds(dense), sparse=seconds(sparse)))
-    forward = seconds(joined(*_forwards(program.sites)))
+            sparse = seconds(sparse_of(use, site.sparsifier)) * _uses(site)
+        layers.append(LayerEstimate(name=site.name, dense=dense, sparse=sparse))
+    forward = sum(seconds(forward_of(_use(site))) * _uses(site) for site in running)
     whole = seconds(_gradient_work(program))
     return StepEstimate(
         forward=forward,
-        rest=max(0.0, whole - forward - sum(map(seconds, backward))),
+        rest=max(0.0, whole - forward - sum(layer.dense for layer in layers)),
         optimizer=0.0 if optimizer is None else seconds(work_of_update(optimizer, _parameters(program))),
         layers=tuple(layers),
     )
@@ -127,11 +130,7 @@ def estimate_step(
 def _is_layer(site: Site) -> bool:
     """Whether a contraction has a backward of its own here: with a parameter, or one that the plan makes sparse."""
     has_gradient = site.found.side is not None and jnp.issubdtype(site.found.out.dtype, jnp.floating)
-    return site.operation is not None and not site.is_empty and (has_gradient or site.sparsifier is not None)
-
-
-def _forwards(sites: Iterable[Site]) -> list[Work]:
-    return [times(forward_work(_use(site)), _uses(site)) for site in sites if site.operation is not None]
+    return not site.is_empty and (has_gradient or site.sparsifier is not None)
 
 
 def _use(site: Site) -> Use:

@@ -12,7 +12,7 @@ _ENTRY = 4  # bytes of an entry of loops and sums
 _REACHED = 0.75  # of the rate of operations, by matrix products
 
 
-def seconds(device: Device, work: Mapping[str, tuple[float, ...]]) -> float:
+def seconds(device: Device, work: Mapping[str, tuple[int | float, ...]]) -> float:
     """Return the expected time of work.
 
     Args:

@@ -54,7 +54,7 @@ COEFFICIENTS: dict[str, tuple[float, ...]] = {
 }
 
 
-def seconds(work: Mapping[str, tuple[float, ...]]) -> float:
+def seconds(work: Mapping[str, tuple[int | float, ...]]) -> float:
     """Return the expected time of work, in seconds, on the device that the program is for."""
     device = target.device()
     if device.platform != "cpu":

@@ -8,7 +8,7 @@ from msbp_jax.kernels.choice.costs.equations import Equation, size_of
 
 FEW = 16  # rows, columns or inputs, below which a product is no block of them
 
-type Units = dict[str, tuple[float, ...]]
+type Units = dict[str, tuple[int | float, ...]]
 
 
 def of_dot(equation: Equation) -> Units:

@@ -14,42 +14,23 @@ from msbp_jax import _compat
 # A value of the program; literals have none.
 type Token = int
 
+
+def names(text: str) -> frozenset[str]:
+    """Return the words of a text as a set."""
+    return frozenset(text.split())
+
+
 # What hands its operands on, in another shape or order at most: XLA gives them another layout, and copies nothing.
-_VIEWS = frozenset(
-    [
-        "reshape",
-        "squeeze",
-        "expand_dims",
-        "transpose",
-        "copy",
-        "copy_p",
-        "stop_gradient",
-        "msbp_by_purpose",
-        "sharding_constraint",
-        "optimization_barrier",
-        "pvary",
-        "reduce_precision",
-        "mesh_cast",
-        "reshard",
-    ]
+_VIEWS = names(
+    "reshape squeeze expand_dims transpose copy copy_p stop_gradient msbp_by_purpose sharding_constraint "
+    "optimization_barrier pvary reduce_precision mesh_cast reshard"
 )
 # Bodies that are not run once where they stand.
-LOOPS = frozenset({"scan", "while", "cond", "shard_map"})
+LOOPS = names("scan while cond shard_map")
 # Bodies that say how to combine two numbers, and what an array is sorted by.
-_OF_NUMBERS = frozenset(
-    [
-        "reduce",
-        "reduce_window",
-        "scatter",
-        "scatter-add",
-        "scatter_add",
-        "scatter_mul",
-        "scatter_min",
-        "scatter_max",
-        "select_and_scatter",
-        "select_and_scatter_add",
-        "pallas_call",
-    ]
+_OF_NUMBERS = names(
+    "reduce reduce_window scatter scatter-add scatter_add scatter_mul scatter_min scatter_max "
+    "select_and_scatter select_and_scatter_add pallas_call"
 )
 
 

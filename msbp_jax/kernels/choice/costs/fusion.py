@@ -9,65 +9,22 @@ from __future__ import annotations
 
 import collections
 
-from msbp_jax.kernels.choice.costs.equations import Equation, Listing, Token, bytes_of, size_of
+from msbp_jax.kernels.choice.costs.equations import Equation, Listing, Token, bytes_of, names, size_of
 
 # What is no elementwise loop, nor a part of one.
-_APART = frozenset(
-    [
-        "dot_general",
-        "conv_general_dilated",
-        "ragged_dot_general",
-        "ffi_call",
-        "scan",
-        "while",
-        "cond",
-        "shard_map",
-        "gather",
-        "concatenate",
-        "dynamic_update_slice",
-        "dynamic_slice",
-        "sort",
-        "top_k",
-        "approx_top_k",
-        "argmax",
-        "argmin",
-        "select_and_scatter",
-        "select_and_scatter_add",
-        "pallas_call",
-        "custom_partitioning",
-    ]
+_APART = names(
+    "dot_general conv_general_dilated ragged_dot_general ffi_call scan while cond shard_map gather "
+    "concatenate dynamic_update_slice dynamic_slice sort top_k approx_top_k argmax argmin "
+    "select_and_scatter select_and_scatter_add pallas_call custom_partitioning"
 )
-_COSTLY = frozenset(
-    [
-        "exp",
-        "exp2",
-        "expm1",
-        "log",
-        "log1p",
-        "tanh",
-        "logistic",
-        "erf",
-        "erfc",
-        "erf_inv",
-        "sin",
-        "cos",
-        "tan",
-        "pow",
-        "cbrt",
-        "lgamma",
-        "digamma",
-        "atan2",
-        "sinh",
-        "cosh",
-        "asin",
-        "acos",
-        "atan",
-    ]
+_COSTLY = names(
+    "exp exp2 expm1 log log1p tanh logistic erf erfc erf_inv sin cos tan pow cbrt lgamma digamma atan2 "
+    "sinh cosh asin acos atan"
 )
-_SLOW = frozenset({"div", "sqrt", "rsqrt"})
+_SLOW = names("div sqrt rsqrt")
 # Nothing is computed: an entry is read from another place, or is the same everywhere.
-_EVERYWHERE = frozenset({"broadcast_in_dim", "iota"})
-_NOTHING = frozenset(["broadcast_in_dim", "iota", "slice", "convert_element_type", "rev", "split", "copy_p"])
+_EVERYWHERE = names("broadcast_in_dim iota")
+_NOTHING = names("broadcast_in_dim iota slice convert_element_type rev split copy_p")
 _SMALL = 2**20  # bytes of an array that is still in a cache when it is read
 
 
@@ -94,7 +51,7 @@ def arrays(listed: Listing) -> set[Token]:
     return stored
 
 
-def elementwise(listed: Listing, stored: set[Token]) -> dict[str, tuple[float, ...]]:
+def elementwise(listed: Listing, stored: set[Token]) -> dict[str, tuple[int | float, ...]]:
     """Return loops, entries that are computed, those by a costly function, those that are padded, and bytes moved.
 
     Args:
@@ -112,7 +69,7 @@ def elementwise(listed: Listing, stored: set[Token]) -> dict[str, tuple[float, .
             continue
         entries = max(map(size_of, equation.results), default=0)
         costly += entries * (equation.name in _COSTLY)
-        padded += size_of(equation.avals[0]) if equation.name == "pad" and equation.avals else 0
+        padded += sum(map(size_of, equation.avals[:1])) * (equation.name == "pad")
         computed += entries * (equation.name not in _COSTLY | _NOTHING | {"pad"})
         ends = stored.intersection(equation.outputs)
         loops += len(ends)

@@ -8,7 +8,7 @@ from msbp_jax.kernels.choice import cpu
 from msbp_jax.kernels.choice.costs.equations import Equation, bytes_of, size_of
 from msbp_jax.kernels.choice.layer import Layer
 
-type Units = dict[str, tuple[float, ...]]
+type Units = dict[str, tuple[int | float, ...]]
 
 
 def of_call(equation: Equation, share: float) -> Units:
@@ -55,7 +55,7 @@ def _features(equation: Equation, features_last: bool) -> tuple[int, int]:
     return (n, m) if features_last else (m, n)
 
 
-def _all(equation: Equation, rank: int, kind: str, units: tuple[float, ...]) -> Units:
+def _all(equation: Equation, rank: int, kind: str, units: tuple[int | float, ...]) -> Units:
     """Return the units of all members of a batch."""
     members = 1
     for size in equation.avals[0].shape[:-rank]:

@@ -7,11 +7,8 @@ whatever else its time grows with: multiply-adds, entries, bytes.
 from __future__ import annotations
 
 import bisect
-import collections
 import math
 from typing import Any
-
-import numpy as np
 
 from msbp_jax import _compat
 from msbp_jax.kernels.choice.costs import contractions, native
@@ -22,7 +19,7 @@ from msbp_jax.kernels.choice.costs.memory import fresh_memory
 from msbp_jax.kernels.rows.ladder import SHARES
 
 # Units by kind.
-type Work = dict[str, tuple[float, ...]]
+type Work = dict[str, tuple[int | float, ...]]
 
 
 def work_of(program: _compat.ClosedJaxpr, share: float = 1.0, wanted: Any = None) -> Work:
@@ -39,7 +36,7 @@ def work_of(program: _compat.ClosedJaxpr, share: float = 1.0, wanted: Any = None
 
 
 def _of_listing(listed: Listing, share: float) -> Work:
-    total: collections.Counter[tuple[str, int]] = collections.Counter()
+    total: dict[tuple[str, int], float] = {}
     _add(total, elementwise(listed, arrays(listed)), 1)
     for equation in listed.equations:
         if not is_fused(equation):
@@ -61,13 +58,13 @@ def work_of_run(program: _compat.ClosedJaxpr, share: float = 1.0, *, within: boo
 
 def joined(*works: Work) -> Work:
     """Return the work of all."""
-    total: collections.Counter[tuple[str, int]] = collections.Counter()
+    total: dict[tuple[str, int], float] = {}
     for work in works:
         _add(total, work, 1)
     return _grouped(total)
 
 
-def times(work: Work, number: float) -> Work:
+def times(work: Work, number: int | float) -> Work:
     """Return the work done so many times."""
     return {kind: tuple(number * unit for unit in units) for kind, units in work.items()}
 
@@ -92,7 +89,7 @@ def _of(equation: Equation, share: float) -> Work:
             return times(work_of(_compat.closed(params["jaxpr"]), share), devices)
     made, read = sum(map(size_of, equation.results)), sum(map(size_of, equation.avals))
     if name.startswith("select_and_"):
-        return {"pooling, back": (1, max(made, read))}
+        return {"pooling, back": (1, made)}
     if name.startswith("reduce_window"):
         return {"pooling": (1, made * math.prod(params["window_dimensions"]))}
     if name.startswith("reduce") or name in ("argmax", "argmin"):
@@ -133,13 +130,13 @@ def _of_branches(equation: Equation, share: float) -> Work:
     return max(works, key=seconds)
 
 
-def _add(total: collections.Counter[tuple[str, int]], work: Work, number: float) -> None:
+def _add(total: dict[tuple[str, int], float], work: Work, number: int | float) -> None:
     for kind, units in work.items():
         for place, unit in enumerate(units):
-            total[kind, place] += number * unit  # type: ignore[assignment]
+            total[kind, place] = total.get((kind, place), 0.0) + float(number * unit)
 
 
-def _grouped(total: collections.Counter[tuple[str, int]]) -> Work:
+def _grouped(total: dict[tuple[str, int], float]) -> Work:
     kinds = dict.fromkeys(kind for kind, _ in total)
     longest = {kind: 1 + max(place for k, place in total if k == kind) for kind in kinds}
-    return {kind: tuple(float(np.float64(total[kind, i])) for i in range(longest[kind])) for kind in kinds}
+    return {kind: tuple(total[kind, i] for i in range(longest[kind])) for kind in kinds}
