@@ -302,7 +302,8 @@ def test_a_report_says_that_kernels_are_interpreted():
     w, x = jnp.ones((64, 96)), jnp.ones((32, 64))
     for backend in ("gpu", "tpu"):
         f = msbp.sparse_vjp(lambda w, x: x @ w, msbp.top_k(k=8, rows_per_group=16), backend=backend)
-        assert f"the {backend} kernels are interpreted on a CPU: slowly, for tests." in " ".join(str(f.report(w, x)).split())
+        said = " ".join(str(f.report(w, x)).split())
+        assert f"the {backend} kernels are interpreted on a CPU: slowly, for tests." in said
     with on("NVIDIA H200"):
         assert warning(Layer(64, 64, 96, 8, 16), "native") == ""
 

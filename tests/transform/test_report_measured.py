@@ -105,9 +105,7 @@ def test_a_step_computes_what_training_does():
     assert_trees_close(renewed["a"]["residual"]["total"], new_memory["a"].residual)
     tx = optax.sgd(0.5)
     step = make_step(program, PARAMS, cotangents, tx, plain=False)
-    assert_trees_close(
-        jax.jit(step.run)(*step.arguments)[2]["a"], optax.apply_updates(floats["a"], -0.5 * wanted["a"])
-    )
+    assert_trees_close(jax.jit(step.run)(*step.arguments)[2]["a"], optax.apply_updates(floats["a"], -0.5 * wanted["a"]))
 
 
 def test_a_share_of_the_rows_of_the_gradient_is_not_0():
@@ -130,12 +128,13 @@ def test_batch_statistics_dropout_nnx_and_sparse_weights_are_run(monkeypatch):
     model = msbp.sparse_vjp(Normed(), COLUMNS)
     variables = Normed().init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, X)
     options = {"mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(2)}}
-    assert model.report(variables, X, measure=True, optimizer=optax.sgd(0.1, momentum=0.9), **options).measured.sparse > 0
+    tx = optax.sgd(0.1, momentum=0.9)
+    assert model.report(variables, X, measure=True, optimizer=tx, **options).measured.sparse > 0
     module = msbp.sparse_vjp(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), COLUMNS)
-    assert module.report(X, measure=True, optimizer=optax.sgd(0.1, momentum=0.9)).measured.sparse > 0
+    assert module.report(X, measure=True, optimizer=tx).measured.sparse > 0
     pruned = msbp.prune({"params": nn.Dense(64).init(jax.random.key(0), X)["params"]}, density=0.1)
     sparse = msbp.sparse_weights(nn.Dense(64))
-    report = sparse.report(pruned, X, measure=True, optimizer=optax.sgd(0.1, momentum=0.9))
+    report = sparse.report(pruned, X, measure=True, optimizer=tx)
     assert report.measured.plain > 0
     assert report.expected is None
 
