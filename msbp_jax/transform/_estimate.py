@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -79,20 +80,26 @@ class StepEstimate:
 
 
 def estimate_step(
-    program: Program, *, share: float | None = None, optimizer: optax.GradientTransformation | None = None
+    program: Program,
+    *,
+    share: float | Mapping[str, float] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> StepEstimate:
     """Return what a training step of a program is expected to take.
 
     Args:
       program: The traced call of a wrapped model.
       share: The share of rows or entries that is kept by methods that know it only when they run; None for what is
-        drawn where the gradient enters, if that is known, and else for all of them.
+        drawn where the gradient enters, if that is known, and else for all of them. One for each site by its name, too;
+        sites without one keep all.
       optimizer: What updates the parameters; only its `init` is called, on shapes.
 
     Raises:
       ValueError: `share` is not in (0, 1], or a weight is sparse.
     """
-    if share is not None and not 0 < share <= 1:
+    by_site = share if isinstance(share, Mapping) else {}
+    shares = [*by_site.values()] if isinstance(share, Mapping) else [] if share is None else [share]
+    if not all(0 < kept <= 1 for kept in shares):
         raise ValueError(f"share must be in (0, 1], the share of rows or entries that is kept, got {share}.")
     if program.weights:
         named = ", ".join(program.parameters[number][0] for number in program.weights)
@@ -106,16 +113,16 @@ def estimate_step(
         drawn, known = entering_work(entering.sparsifier, entering.cotangent)
         layers.append(LayerEstimate(name=entering.name, dense=0.0, sparse=seconds(drawn)))
         share = known if share is None else share
-    kept = 1.0 if share is None else share
+    kept = 1.0 if share is None or isinstance(share, Mapping) else share
     # Layers of one shape are traced once.
     dense_of, forward_of = functools.cache(dense_work), functools.cache(forward_work)
-    sparse_of = functools.cache(lambda use, sparsifier: sparse_work(use, sparsifier, program.backend, kept))
+    sparse_of = functools.cache(lambda use, sparsifier, kept: sparse_work(use, sparsifier, program.backend, kept))
     running = [site for site in program.sites if site.operation is not None and _NOT_RUN not in site.found.sealed]
     for site in filter(_is_layer, running):
         use = _use(site)
         dense = sparse = seconds(dense_of(use)) * _uses(site)
         if site.sparsifier is not None:
-            sparse = seconds(sparse_of(use, site.sparsifier)) * _uses(site)
+            sparse = seconds(sparse_of(use, site.sparsifier, by_site.get(site.name, kept))) * _uses(site)
         layers.append(LayerEstimate(name=site.name, dense=dense, sparse=sparse))
     forward = sum(seconds(forward_of(_use(site))) * _uses(site) for site in running)
     whole = seconds(_gradient_work(program))

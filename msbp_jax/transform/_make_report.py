@@ -86,7 +86,7 @@ def make_report(program: Program, params: Any, asked: Asked, memory: Mapping[str
     mixing = find_mixing(program)
     shares = find_shares(program, asked.share, memory, mixing.mixed)
     sparse = tuple(sparse_row(site, program.backend) for site in sites if site.sparsifier is not None)
-    expected = _expected(program, params, shares, asked.optimizer)
+    expected = _expected(program, shares, asked.optimizer)
     measured = None
     if asked.measure:
         costs = {} if expected is None else {layer.name: layer.sparse for layer in expected.layers}
@@ -136,20 +136,12 @@ def _saved(sites: list[Site], sparse: tuple[SparseRow, ...], weights: list[Weigh
     return sum(row.saved * work[row.name] for row in sparse) / max(1, sum(work.values()))
 
 
-def _expected(
-    program: Program, params: Any, shares: Shares, optimizer: optax.GradientTransformation | None
-) -> StepEstimate | None:
+def _expected(program: Program, shares: Shares, optimizer: optax.GradientTransformation | None) -> StepEstimate | None:
     """Return what a step is expected to take, each layer at its own share."""
-    del params
     sizes = [dim for aval in (*program.jaxpr.in_avals, *program.jaxpr.out_avals) for dim in getattr(aval, "shape", ())]
     if program.weights or any(map(_compat.is_symbolic, sizes)):
         return None
-    rounded = {name: float(f"{share:.2g}") for name, share in shares.by_site.items()}
-    by_share = {s: estimate_step(program, share=s, optimizer=optimizer) for s in {1.0, *rounded.values()}}
-    layers = tuple(
-        by_share[rounded.get(layer.name, 1.0)].layers[number] for number, layer in enumerate(by_share[1.0].layers)
-    )
-    return dataclasses.replace(by_share[1.0], layers=layers)
+    return estimate_step(program, share=shares.by_site, optimizer=optimizer)
 
 
 def _mixed(shares: Shares, sparse: tuple[SparseRow, ...]) -> str:

@@ -95,8 +95,12 @@ def _abstract_use(sparsifier: Sparsifier, cotangent: jax.ShapeDtypeStruct) -> tu
 
 def abstract_result(site: Remembers) -> Format:
     """Return what the sparsifier of a site makes, in shapes and dtypes."""
-    sparsifier, aval = site.sparsifier, site.cotangent
-    assert sparsifier is not None
+    assert site.sparsifier is not None
+    return _abstract_result(site.sparsifier, site.cotangent)
+
+
+@functools.lru_cache(maxsize=1024)
+def _abstract_result(sparsifier: Sparsifier, aval: jax.ShapeDtypeStruct) -> Format:
     seen = abstract_norms(sparsifier.wants, aval)
     p: Format = jax.eval_shape(lambda u, seen: sparsifier.apply(u, sparsifier.init(aval), **seen), aval, seen)[0]
     return p
