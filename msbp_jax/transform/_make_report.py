@@ -86,7 +86,7 @@ def make_report(program: Program, params: Any, asked: Asked, memory: Mapping[str
     mixing = find_mixing(program)
     shares = find_shares(program, asked.share, memory, mixing.mixed)
     sparse = tuple(sparse_row(site, program.backend) for site in sites if site.sparsifier is not None)
-    expected = _expected(program, shares, asked.optimizer)
+    expected, unexpected = _expected(program, shares, asked.optimizer)
     measured = None
     if asked.measure:
         costs = {} if expected is None else {layer.name: layer.sparse for layer in expected.layers}
@@ -100,6 +100,7 @@ def make_report(program: Program, params: Any, asked: Asked, memory: Mapping[str
         saved=_saved(sites, sparse, weights),
         weights=tuple(weights),
         expected=expected,
+        unexpected=unexpected,
         density=shares.said,
         shares=tuple(shares.by_site.items()),
         measured=measured,
@@ -136,12 +137,19 @@ def _saved(sites: list[Site], sparse: tuple[SparseRow, ...], weights: list[Weigh
     return sum(row.saved * work[row.name] for row in sparse) / max(1, sum(work.values()))
 
 
-def _expected(program: Program, shares: Shares, optimizer: optax.GradientTransformation | None) -> StepEstimate | None:
-    """Return what a step is expected to take, each layer at its own share."""
+def _expected(
+    program: Program, shares: Shares, optimizer: optax.GradientTransformation | None
+) -> tuple[StepEstimate | None, str]:
+    """Return what a step is expected to take, each layer at its own share, or why that is not known."""
     sizes = [dim for aval in (*program.jaxpr.in_avals, *program.jaxpr.out_avals) for dim in getattr(aval, "shape", ())]
-    if program.weights or any(map(_compat.is_symbolic, sizes)):
-        return None
-    return estimate_step(program, share=shares.by_site, optimizer=optimizer)
+    if program.weights:
+        return None, "there is no model of it with sparse weights; measure=True times it"
+    if any(map(_compat.is_symbolic, sizes)):
+        return None, "some sizes are not known before it runs"
+    try:
+        return estimate_step(program, share=shares.by_site, optimizer=optimizer), ""
+    except (NotImplementedError, TypeError, ValueError) as error:  # a report is not to fail where a derivative would
+        return None, f"its gradient cannot be traced ({str(error).splitlines()[0].rstrip('.')})"
 
 
 def _mixed(shares: Shares, sparse: tuple[SparseRow, ...]) -> str:

@@ -81,7 +81,8 @@ class Report:
         far as shapes tell: what depends on the rows that are left out counts as nothing. It is no speed-up.
       weights: What becomes of weights that are sparse.
       expected: The seconds of a step, plain and sparse, and of each layer's backward, as a cost model expects them;
-        None where sizes are not known.
+        None where there is no such model.
+      unexpected: Why there is none, "" if there is.
       density: Under which densities, in words ("" where shapes tell them).
       shares: Of each site whose density only the run tells, the share that was counted with.
       measured: What steps took on this machine, of `report(measure=True)`.
@@ -94,6 +95,7 @@ class Report:
     saved: float
     weights: tuple[WeightRow, ...] = ()
     expected: StepEstimate | None = None
+    unexpected: str = ""
     density: str = ""
     shares: tuple[tuple[str, float], ...] = ()
     measured: Measured | None = None

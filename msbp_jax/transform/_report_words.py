@@ -13,10 +13,9 @@ def headline(report: Report) -> str:
     """Say what a step is expected to gain, and where its time goes; on which side of 1 it is."""
     expected = report.expected
     if expected is None:
-        why = "with sparse weights there is no model of it" if report.weights else "some sizes are not known"
-        return f"What a step gains is not estimated: {why}. measure=True times it."
+        return f"What a step gains is not estimated: {report.unexpected}."
     under = f" {report.density}" if report.density else ""
-    backward, dense = (sum(times) for times in zip(*((x.sparse, x.dense) for x in expected.layers), strict=True))
+    backward, dense = sum(layer.sparse for layer in expected.layers), sum(layer.dense for layer in expected.layers)
     parts = [f"forward {ms(expected.forward)}", f"backward of the layers {ms(backward)} instead of {ms(dense)}"]
     parts += [f"the rest {ms(expected.rest)}"]
     parts += [f"optimizer {ms(expected.optimizer)}"] if expected.optimizer else []

@@ -127,7 +127,9 @@ def test_linen_nnx_and_sparse_weights_have_the_same():
     assert module.report(X[:16]).expected.optimizer == 0
     pruned = msbp.prune(variables, density=0.1)
     text = words(msbp.sparse_weights(Net()).report(pruned, X, optimizer=optax.sgd(0.1)))
-    assert text.startswith("What a step gains is not estimated: with sparse weights there is no model of it.")
+    assert text.startswith(
+        "What a step gains is not estimated: there is no model of it with sparse weights; measure=True"
+    )
 
 
 def test_what_the_model_has_by_the_same_name_is_to_be_passed_by_position():
@@ -176,10 +178,21 @@ def test_it_is_80_columns_wide_and_goes_into_json_and_html(sparsifier):
 
 
 def test_sizes_that_are_not_known_are_not_estimated():
-    report = dataclasses.replace(report_with({}), expected=None)
-    assert words(report).startswith("What a step gains is not estimated: some sizes are not known. measure=True times")
+    (b,) = jax.export.symbolic_shape("b")
+    report = msbp.sparse_vjp(network, ROWS).report(PARAMS, jax.ShapeDtypeStruct((b, 64), jnp.float32))
+    assert words(report).startswith("What a step gains is not estimated: some sizes are not known before it runs.")
     assert report.layers == {}
     assert json.dumps(report.to_dict())
+
+
+def test_what_has_no_gradient_has_a_report():
+    f = msbp.sparse_vjp(lambda p, x: jax.lax.while_loop(lambda x: x.sum() < 0, lambda x: x + 1, x) @ p, COLUMNS)
+    report = f.report(jnp.ones((64, 128)), X)
+    assert [row.name for row in report.sparse] == ["params"]
+    params = jnp.ones((64, 64))
+    looped = msbp.sparse_vjp(lambda p, x: jax.lax.while_loop(lambda x: x.sum() < 0, lambda x: x @ p, x @ p), COLUMNS)
+    said = "What a step gains is not estimated: its gradient cannot be traced (Reverse-mode differentiation"
+    assert words(looped.report(params, X)).startswith(said)
 
 
 def test_numbers_that_are_not_finite_go_into_json_too():
