@@ -42,6 +42,13 @@ def test_a_product_and_its_gradients():
     assert batched["product, batched"] == (1, 7, 7 * 32 * 48 * 64, 7 * arrays)
 
 
+def test_a_product_of_groups_of_rows():
+    x, w, sizes = f32(32, 48), f32(5, 48, 64), jax.ShapeDtypeStruct((5,), jnp.int32)
+    assert work(lax.ragged_dot, x, w, sizes)["product, rows by columns"][1] == 5 * 32 * 48 * 64
+    back = lambda x, w, sizes: jax.grad(lambda w: lax.ragged_dot(x, w, sizes).sum())(w)
+    assert work(back, x, w, sizes)["product, rows by columns"][1] == 5 * 32 * 48 * 64
+
+
 def test_what_nobody_asks_for_is_not_counted():
     both = lambda x, w, g: jax.vjp(jnp.matmul, x, w)[1](g)
     arguments = f32(32, 48), f32(48, 64), f32(32, 64)

@@ -31,6 +31,14 @@ def of_dot(equation: Equation) -> Units:
     return {kind: (1, out * depth, arrays)}
 
 
+def of_ragged_dot(equation: Equation) -> Units:
+    """Return the units of a product of rows with the matrix of their group, as XLA makes it: all rows with each."""
+    lhs, rhs, sizes = equation.avals
+    out = size_of(equation.results[0])
+    adds = out * lhs.shape[-1] * sizes.shape[-1] if len(rhs.shape) == 3 else out * lhs.shape[0]
+    return {"product, rows by columns": (1, adds, size_of(lhs) + size_of(rhs) + out)}
+
+
 def of_convolution(equation: Equation) -> Units:
     """Return a call, multiply-adds, entries of windows, those that are no whole vectors, and those of the arrays.
 

@@ -74,6 +74,8 @@ def _of(equation: Equation, share: float) -> Work:
     match name:
         case "dot_general":
             return contractions.of_dot(equation)
+        case "ragged_dot_general":
+            return contractions.of_ragged_dot(equation)
         case "conv_general_dilated":
             return contractions.of_convolution(equation)
         case "ffi_call":
