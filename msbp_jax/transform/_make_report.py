@@ -9,7 +9,7 @@ from typing import Any
 
 import optax
 
-from msbp_jax import _checks, _compat
+from msbp_jax import _checks
 from msbp_jax.kernels.choice.advice import note
 from msbp_jax.memory import MemorizedState
 from msbp_jax.rules import SparseProduct
@@ -141,11 +141,8 @@ def _expected(
     program: Program, shares: Shares, optimizer: optax.GradientTransformation | None
 ) -> tuple[StepEstimate | None, str]:
     """Return what a step is expected to take, each layer at its own share, or why that is not known."""
-    sizes = [dim for aval in (*program.jaxpr.in_avals, *program.jaxpr.out_avals) for dim in getattr(aval, "shape", ())]
     if program.weights:
         return None, "there is no model of it with sparse weights; measure=True times it"
-    if any(map(_compat.is_symbolic, sizes)):
-        return None, "some sizes are not known before it runs"
     try:
         return estimate_step(program, share=shares.by_site, optimizer=optimizer), ""
     except (NotImplementedError, TypeError, ValueError) as error:  # a report is not to fail where a derivative would
