@@ -21,9 +21,11 @@ import msbp_jax as msbp
 from benchmarks.helpers import machine, paths, plots, tables
 from benchmarks.helpers.peers import Torch
 from benchmarks.helpers.records import Records, finished, today
-from benchmarks.suite import choice
+from benchmarks.suite import choice, step_costs
 from benchmarks.suite.context import Context, Part
 from benchmarks.suite.parts import PARTS, place
+
+FITS = {"choice": choice.fit, "step costs": step_costs.fit}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add("--small", action="store_true", help="minute sizes")
     add("--again", action="store_true", help="measure what is there already, too")
     add("--since", default=today(), metavar="DATE", help="what is from this day on is there; today by default")
-    add("--fit", action="store_true", help="print coefficients of the cost model, fitted to `choice`")
+    add("--fit", action="store_true", help="print coefficients of the cost models, fitted to `choice` and `step costs`")
     return parser
 
 
@@ -78,8 +80,12 @@ def main(arguments: list[str] | None = None) -> None:
             assemble(out)
             print("\n" + tables.markdown(rows), flush=True)
     if args.fit:
-        for kind, coefficients in choice.fit(finished(records.folder)["choice"]["rows"]).items():
-            print(f'    "{kind}": {coefficients},')
+        measured = finished(records.folder)
+        for name, of in FITS.items():
+            if name in measured and (not args.parts or name in args.parts):
+                print(f"\n{name}")
+                for kind, coefficients in of(measured[name]["rows"]).items():
+                    print(f'    "{kind}": {coefficients},')
 
 
 def assemble(out: pathlib.Path) -> None:

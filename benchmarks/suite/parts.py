@@ -12,9 +12,11 @@ from benchmarks.suite import (
     kept_images,
     layers,
     layout,
+    predictions,
     rows,
     selection,
     sparse_convolutions,
+    step_costs,
     step_memory,
     steps,
     weights,
@@ -75,6 +77,12 @@ PARTS = {
     ),
     "freed memory": Part(
         "steps with freed memory kept by the process and without, in processes of their own", 5, freed_memory.measure
+    ),
+    "step costs": Part("pieces of steps, from which the cost model of whole steps is made", 9, step_costs.measure),
+    "predictions": Part(
+        "whole steps of networks that the cost model was not fitted to, and what it says of them",
+        9,
+        predictions.measure,
     ),
     "memory": Part("what a compiled step holds at its peak", 1, step_memory.measure),
     "choice": Part(

@@ -60,7 +60,13 @@ def path_of(p: Format, operation: Operation, lhs: Shape, rhs: Shape, backend: st
 
 
 def products(
-    operation: Operation, operands: Operands, p: Format, dims: Dims, out: Shape, backend: str | None
+    operation: Operation,
+    operands: Operands,
+    p: Format,
+    dims: Dims,
+    out: Shape,
+    backend: str | None,
+    assumed: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the gradients of the first two operands.
 
@@ -71,11 +77,12 @@ def products(
       dims: Canonical sizes.
       out: Shape of the result.
       backend: Backend that is asked for; None to choose.
+      assumed: What is kept where only the run tells, for an estimate of what it takes; None to wait for the run.
     """
     lhs, rhs = operands[0].shape, operands[1].shape
     match path_of(p, operation, lhs, rhs, backend):
         case Path.ROWS if backend is None and (share := _share_when_run(p, dims)) is not None:
-            return _unless_dense_pays(share, operation, operands, p, dims, out)
+            return _unless_dense_pays(share if assumed is None else assumed, operation, operands, p, dims, out)
         case Path.ROWS | Path.PATCHES:
             return _by_matrices(operation, operands, p, dims, out, backend)
         case Path.NARROW:
@@ -180,13 +187,15 @@ def _share_when_run(p: Format, dims: Dims) -> Float[Array, ""] | None:
 
 
 def _unless_dense_pays(
-    share: Float[Array, ""], operation: Operation, operands: Operands, p: Format, dims: Dims, out: Shape
+    share: Float[Array, ""] | float, operation: Operation, operands: Operands, p: Format, dims: Dims, out: Shape
 ) -> tuple[jax.Array, jax.Array]:
     """Return the products of the canonical matrices or, where too much is kept for them to pay, plain JAX's."""
     below = kernels.pays_below(p)
     dense = lambda: _on_matrix(operation, operands, p, dims, out)
-    if below == 0:
+    if below == 0 or (isinstance(share, float) and share > below):
         return dense()
+    if isinstance(share, float):
+        return _by_matrices(operation, operands, p, dims, out, None)
     dense_pays = kernels.largest_of_members(share) > below
     compact = lambda: _by_matrices(operation, operands, p, dims, out, None)
     # Each by itself, so that one that nobody needs is not computed.

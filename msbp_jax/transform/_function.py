@@ -7,13 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 
 from msbp_jax import _compat
 from msbp_jax.carriers import Carried, opened, with_memory, without_memory
 from msbp_jax.sparsifiers._base import State
+from msbp_jax.transform._make_report import Asked, make_report
 from msbp_jax.transform._plan import Plan
 from msbp_jax.transform._program import Program, trace
 from msbp_jax.transform._report import Report
+from msbp_jax.transform._shares import is_concrete
 from msbp_jax.weights import is_sparse
 
 
@@ -117,20 +120,48 @@ class SparseFunction:
         """
         return with_memory(params, {}, self.init_memory(params, *args, **kwargs))
 
-    def report(self, params: Any, *args: Any, **kwargs: Any) -> Report:
-        """Return what is sparse and what stays dense, and why; `print` it.
+    def report(
+        self,
+        params: Any,
+        *args: Any,
+        optimizer: optax.GradientTransformation | None = None,
+        share: float | None = None,
+        measure: bool = False,
+        **kwargs: Any,
+    ) -> Report:
+        """Return what a step is expected to gain, what is sparse, and what stays dense, and why; `print` it.
 
         Args:
           params: As in a call; ShapeDtypeStructs will do.
           *args: As in a call; ShapeDtypeStructs will do.
-          **kwargs: As in a call; ShapeDtypeStructs will do.
+          optimizer: One of Optax, whose update then belongs to the step; None to leave it out.
+          share: Share of the rows or entries that is kept, in (0, 1], where only the run tells; None to read it from
+            the memory or, without one, to count with nothing left out.
+          measure: Whether to time steps, plain and sparse, and variants of the plan, on this machine: some ten
+            seconds, and compilation. Needs arrays.
+          **kwargs: As in a call; ShapeDtypeStructs will do. `memory` too: its running means say how much is kept.
+            What the function itself calls `optimizer`, `share` or `measure` is to be passed by position.
 
         Raises:
-          TypeError: A parameter is not a floating array.
-          ValueError: There are no parameters, no contraction with one, or a pattern of the plan matches nothing.
+          TypeError: A parameter is not a floating array; an option is of the wrong type, or also the name of an
+            argument of the function.
+          ValueError: There are no parameters, no contraction with one, or a pattern of the plan matches nothing;
+            `share` is out of range; steps are to be timed, and arguments are shapes.
         """
-        params, _ = _without_memory(params)
-        return self._program(params, args, kwargs).report()
+        asked = Asked(optimizer=optimizer, share=share, measure=measure).checked(self.function, self._name())
+        memory = kwargs.pop(self._memory_name, None)
+        params, carried = _without_memory(params)
+        return self.described(params, args, kwargs, asked, memory if carried is None else carried)
+
+    def described(
+        self, params: Any, args: tuple[Any, ...], kwargs: dict[str, Any], asked: Asked, memory: Any
+    ) -> Report:
+        """Return the report of a call; what was asked for is checked."""
+        program = self._program(params, args, kwargs)
+        if isinstance(memory, Carried):
+            concrete = all(map(is_concrete, jax.tree.leaves(memory.tree)))
+            memory = opened(memory, program.start()) if concrete else None
+        return make_report(program, params, asked, memory)
 
     def __repr__(self) -> str:
         """Return the wrapped function and the plan."""

@@ -7,12 +7,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import optax
 from flax.core.scope import Scope
 
 from msbp_jax import _compat
 from msbp_jax.carriers import OVERWRITE_WITH_GRADIENT, Carried, with_memory, without_memory
 from msbp_jax.sparsifiers._base import State
 from msbp_jax.transform._function import SparseFunction, given_twice
+from msbp_jax.transform._make_report import Asked
 from msbp_jax.transform._plan import Plan
 from msbp_jax.transform._report import Report
 
@@ -159,20 +161,40 @@ class SparseModule:
         memory = self.init_memory(variables, *args, **kwargs)
         return with_memory(params, others.get(OVERWRITE_WITH_GRADIENT, {}), memory)
 
-    def report(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Report:
-        """Return what is sparse and what stays dense, and why; `print` it.
+    def report(
+        self,
+        variables: Mapping[str, Any],
+        *args: Any,
+        optimizer: optax.GradientTransformation | None = None,
+        share: float | None = None,
+        measure: bool = False,
+        **kwargs: Any,
+    ) -> Report:
+        """Return what a step is expected to gain, what is sparse, and what stays dense, and why; `print` it.
 
         Args:
           variables: As in `apply`; ShapeDtypeStructs will do.
           *args: As in `apply`; ShapeDtypeStructs will do.
-          **kwargs: As in `apply`; ShapeDtypeStructs will do.
+          optimizer: One of Optax, whose update then belongs to the step; None to leave it out.
+          share: Share of the rows or entries that is kept, in (0, 1], where only the run tells; None to read it from
+            the memory or, without one, to count with nothing left out.
+          measure: Whether to time steps, plain and sparse, and variants of the plan, on this machine: some ten
+            seconds, and compilation. Needs arrays.
+          **kwargs: As in `apply`; ShapeDtypeStructs will do. `memory` too: its running means say how much is kept.
+            What the module itself calls `optimizer`, `share` or `measure` is to be passed by position.
 
         Raises:
-          TypeError: A parameter is not a floating array.
-          ValueError: `variables` have no parameters, or a pattern of the plan matches nothing.
+          TypeError: A parameter is not a floating array; an option is of the wrong type, or also the name of an
+            argument of the module.
+          ValueError: `variables` have no parameters, or a pattern of the plan matches nothing; `share` is out of
+            range; steps are to be timed, and arguments are shapes.
         """
-        params, others, _ = _split(variables)
-        return self._function(kwargs).report(params, others, args, _traced(kwargs))
+        asked = Asked(optimizer=optimizer, share=share, measure=measure)
+        asked = asked.checked(_called(self.module, kwargs.get("method")), type(self.module).__name__)
+        params, others, carried = _split(variables)
+        memory = kwargs.pop(self._memory_name, None)
+        call = others, args, _traced(kwargs)
+        return self._function(kwargs).described(params, call, {}, asked, memory if carried is None else carried)
 
     def __repr__(self) -> str:
         """Return the wrapped module and the plan."""
@@ -226,6 +248,13 @@ def _split(variables: Mapping[str, Any]) -> tuple[Any, dict[str, Any], Carried |
         variables = {**variables, **params}
     rest, carried = without_memory(variables)
     return rest["params"], {name: tree for name, tree in rest.items() if name != "params"}, carried
+
+
+def _called(module: nn.Module, method: Any) -> Any:
+    """Return the method of a module that a call runs."""
+    if callable(method):
+        return method
+    return getattr(module, "__call__" if method is None else str(method), module)
 
 
 def is_linen(target: Any) -> bool:

@@ -14,12 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import optax
 from flax import nnx
 
 from msbp_jax import _compat
 from msbp_jax.carriers import Marked, is_marked
 from msbp_jax.sparsifiers._base import State
 from msbp_jax.transform._function import SparseFunction
+from msbp_jax.transform._make_report import Asked
 from msbp_jax.transform._plan import Plan
 from msbp_jax.transform._report import Report
 
@@ -126,21 +128,40 @@ class SparseNNXModule(nnx.Module):
         self.memory = nnx.data({name: Memory(state) for name, state in memory.items()})
         return memory
 
-    def report(self, *args: Any, method: str = "__call__", **kwargs: Any) -> Report:
-        """Return what is sparse and what stays dense, and why; `print` it.
+    def report(
+        self,
+        *args: Any,
+        method: str = "__call__",
+        optimizer: optax.GradientTransformation | None = None,
+        share: float | None = None,
+        measure: bool = False,
+        **kwargs: Any,
+    ) -> Report:
+        """Return what a step is expected to gain, what is sparse, and what stays dense, and why; `print` it.
 
         Args:
           *args: As in a call; ShapeDtypeStructs will do.
           method: Name of the module's method that is called.
-          **kwargs: As in a call; ShapeDtypeStructs will do.
+          optimizer: One of Optax, whose update then belongs to the step; None to leave it out.
+          share: Share of the rows or entries that is kept, in (0, 1], where only the run tells; None to read it from
+            the module's memory or, without one, to count with nothing left out.
+          measure: Whether to time steps, plain and sparse, and variants of the plan, on this machine: some ten
+            seconds, and compilation. Needs arrays.
+          **kwargs: As in a call; ShapeDtypeStructs will do. What the module itself calls `optimizer`, `share` or
+            `measure` is to be passed by position.
 
         Raises:
-          ValueError: There is no contraction with a parameter, or a pattern of the plan matches nothing.
+          TypeError: An option is of the wrong type, or also the name of an argument of the module.
+          ValueError: There is no contraction with a parameter, or a pattern of the plan matches nothing; `share` is out
+            of range; steps are to be timed, and arguments are shapes.
         """
+        asked = Asked(optimizer=optimizer, share=share, measure=measure)
+        asked = asked.checked(getattr(self.module, method, self.module), type(self.module).__name__)
         call = _Call(self.module, args, kwargs, method)
+        memory = None if self.memory is None else {name: state.get_value() for name, state in self.memory.items()}
         with nnx.update_context(_TAG), self._explained(args):
             params, rest, arrays = call.split()
-            return self._function(call).report(self._given(params), rest, *arrays)
+            return self._function(call).described(self._given(params), (rest, *arrays), {}, asked, memory)
 
     def _given(self, params: Any) -> Any:
         """Return the parameters that the module is called with."""

@@ -22,11 +22,9 @@ from msbp_jax.transform._evaluate import Placed, evaluate
 from msbp_jax.transform._outputs import Outputs, find_outputs
 from msbp_jax.transform._plan import Plan
 from msbp_jax.transform._remembers import Remembers, check_memory, init_memory
-from msbp_jax.transform._report import Report, make_report
 from msbp_jax.transform._sites import Site, name_sites
 from msbp_jax.transform._sources import CONSTANT, DATA, Source
 from msbp_jax.transform._sparse_operands import dense
-from msbp_jax.transform._sparse_uses import describe, find_uses
 from msbp_jax.weights import SparseWeight, is_sparse
 
 
@@ -41,6 +39,8 @@ class Program:
       sites: Its contractions.
       weights: Its sparse weights, by the number of their parameter.
       outputs: The gradient that enters it, if the plan names it.
+      is_output: Which of the jaxpr's results are the model's outputs, and not collections that it changes.
+      states: How many arguments behind the parameters are a module's variables, and not what its user passes.
       rebuild: Turns the jaxpr's results into the function's result.
       plan: Which sparsifier each site gets.
       label: What the keys of random sparsifiers start from, besides the site: what was wrapped.
@@ -53,6 +53,8 @@ class Program:
     sites: list[Site]
     weights: dict[int, SparseWeight]
     outputs: Outputs | None
+    is_output: tuple[bool, ...]
+    states: int
     rebuild: Callable[[list[Any]], Any]
     plan: Plan
     label: str
@@ -79,7 +81,7 @@ class Program:
 
     def start(self) -> dict[str, Any]:
         """Return the memory at the start of the sites that this call reaches."""
-        return init_memory(self._all, self.label)
+        return init_memory(self.remembering, self.label)
 
     def empty_memory(self) -> dict[str, Any]:
         """Return the memory of sites none of which has a state, for a call for which nobody made one.
@@ -102,7 +104,7 @@ class Program:
         return self.start()
 
     @property
-    def _all(self) -> list[Remembers]:
+    def remembering(self) -> list[Remembers]:
         """Whatever has a name in the memory."""
         return [*self.sites, *([self.outputs] if self.outputs is not None else [])]
 
@@ -121,7 +123,7 @@ class Program:
           TypeError: `memory` is not a mapping.
           ValueError: `memory` is of another model, plan or batch.
         """
-        check_memory(memory, self._all, [path for path, _ in self.parameters])
+        check_memory(memory, self.remembering, [path for path, _ in self.parameters])
         placed, states = {}, {}
         for site in self.sparse_sites:
             state, carriers, observer = unwrap(site.name, memory[site.name])
@@ -131,22 +133,6 @@ class Program:
             states[site.found.place] = SiteState(state, _as_given(site, carriers))
         results = list(map(dense, evaluate(self.jaxpr, self.arguments, placed, states)))
         return self.rebuild(self._entered(results, memory))
-
-    def report(self) -> Report:
-        """Return what is sparse and what stays dense, and why.
-
-        Raises:
-          ValueError: A pattern of the plan matches nothing, or can never apply.
-        """
-        self.check_plan()
-        uses = find_uses(self.jaxpr, self.weights) if self.weights else []
-        products = {use.place: use.operation for use in uses if use.operation is not None}
-        sites = [dataclasses.replace(s, operation=products.get(s.found.place, s.operation)) for s in self.sites]
-        weights = [
-            describe(self.parameters[number][0], weight, [use for use in uses if use.leaf == number])
-            for number, weight in self.weights.items()
-        ]
-        return make_report(sites, self.outputs, self.backend, weights)
 
     def run_plain(self) -> Any:
         """Return the function's result, with plain JAX's backward but for weights that are sparse."""
@@ -275,6 +261,8 @@ def trace(
         sites=name_sites(found, parameters, plan, backend),
         weights=sparse,
         outputs=find_outputs(plan, jaxpr.out_avals, is_output, _name_of(function), backend),
+        is_output=tuple(is_output),
+        states=sum(is_traced[: len(jax.tree.leaves(args[:states]))]),
         rebuild=rebuild,
         plan=plan,
         label=label,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from msbp_jax import _compat
 from msbp_jax._checks import is_array
 from msbp_jax.carriers import plain
+from msbp_jax.formats import Format
 from msbp_jax.sparsifiers import Sparsifier
 from msbp_jax.sparsifiers._base import State
 from msbp_jax.sparsifiers._keys import fold_name, split_keys
@@ -90,6 +91,19 @@ def _abstract_use(sparsifier: Sparsifier, cotangent: jax.ShapeDtypeStruct) -> tu
     seen = abstract_norms(sparsifier.wants, cotangent)
     use = lambda g, state, seen: apply_weighted(sparsifier, g, state, **seen).weight
     return state, jax.eval_shape(use, cotangent, state, seen)
+
+
+def abstract_result(site: Remembers) -> Format:
+    """Return what the sparsifier of a site makes, in shapes and dtypes."""
+    assert site.sparsifier is not None
+    return _abstract_result(site.sparsifier, site.cotangent)
+
+
+@functools.lru_cache(maxsize=1024)
+def _abstract_result(sparsifier: Sparsifier, aval: jax.ShapeDtypeStruct) -> Format:
+    seen = abstract_norms(sparsifier.wants, aval)
+    p: Format = jax.eval_shape(lambda u, seen: sparsifier.apply(u, sparsifier.init(aval), **seen), aval, seen)[0]
+    return p
 
 
 def init_memory(sites: Sequence[Remembers], label: str) -> dict[str, State]:

@@ -22,6 +22,7 @@ GROUPS = [
     ["weights", "weight steps"],
     ["sparse conv", "sparse conv steps"],
     ["compile", "conv", "kept images"],
+    ["step costs", "predictions"],
 ]
 
 

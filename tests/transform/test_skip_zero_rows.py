@@ -186,7 +186,7 @@ def test_the_report_says_which_rows_and_up_to_which_share():
     assert all("of the rows" in row.backend for row in report.sparse)
     assert report.entering == ""
     assert "by rows" in str(report)
-    assert "and the share of the rows that are left out" in str(report)
+    assert "and the share of the rows that are left out" in " ".join(str(report).split())
 
 
 def test_the_report_names_the_backend_that_is_asked_for():

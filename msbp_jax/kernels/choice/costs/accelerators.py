@@ -1,0 +1,49 @@
+"""Expected times of work on GPUs and TPUs: operations and bytes over published rates. None of it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from msbp_jax.kernels.choice import roofline
+from msbp_jax.kernels.choice.target import Device
+
+_CALL = 5e-6
+_ENTRY = 4  # bytes of an entry of loops and sums
+_REACHED = 0.75  # of the rate of operations, by matrix products
+
+
+def seconds(device: Device, work: Mapping[str, tuple[int | float, ...]]) -> float:
+    """Return the expected time of work.
+
+    Args:
+      device: What it runs on.
+      work: Units by kind. Those of the kind "seconds" are seconds.
+    """
+    rates = roofline.chip(device)
+    add, byte = 2 / (rates.operations * _REACHED), 1 / rates.bytes_moved
+    return sum(
+        sum(c * unit for c, unit in zip(_of(kind, add, byte, len(units)), units, strict=True))
+        for kind, units in work.items()
+    )
+
+
+def _of(kind: str, add: float, byte: float, count: int) -> tuple[float, ...]:
+    """Return the seconds of each unit of a kind: those of multiply-adds, of entries or of bytes."""
+    entry = _ENTRY * byte
+    match kind:
+        case "seconds":
+            return (1.0,)
+        case "loops":
+            return (_CALL, 0.0, 0.0, 0.0, byte, byte)
+        case "product, batched":
+            return (_CALL, 0.0, add, entry)
+        case _ if kind.startswith("product"):
+            return (_CALL, add, entry)
+        case _ if kind.startswith("convolution"):
+            return (_CALL, add, 0.0, 0.0, entry)
+        case "copy" | "joining" | "update":
+            return (_CALL, byte)
+        case "program" | "loop":
+            return (_CALL, 0.0)[:count]
+        case _:
+            return (_CALL, *(entry,) * (count - 1))
