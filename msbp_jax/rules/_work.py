@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from msbp_jax import _compat
 from msbp_jax.formats import Columns, Format
 from msbp_jax.kernels.choice import target
-from msbp_jax.kernels.choice.costs.equations import bytes_of
-from msbp_jax.kernels.choice.costs.work import Work, joined, times, work_of
+from msbp_jax.kernels.choice.costs.work import Work, joined, work_of
 from msbp_jax.kernels.choice.layer import layer_of
 from msbp_jax.kernels.choice.order import expected_seconds, fastest_first
 from msbp_jax.rules._contraction import Side
@@ -22,10 +21,6 @@ from msbp_jax.rules._operation import Dims, Operation
 from msbp_jax.rules._products import Path, dense_products, path_of, products
 from msbp_jax.rules._rule import sparsify
 from msbp_jax.sparsifiers._base import Sparsifier, Weighted
-
-# Paths on which the dense products run on what is kept alone, as many as the run tells: a share of their work, and the
-# gathering of what is kept of the operands.
-_ON_A_SHARE: frozenset[Path] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,13 +119,6 @@ def _products_work(use: Use, p: Format, backend: str | None, share: float, *, of
     wanted = _wanted(use, of_inputs=of_inputs, of_weight=of_weight)
     known = p.kept_share()
     share = share if known is None else known
-    path = path_of(p, use.operation, use.operands[0].shape, use.operands[1].shape, backend)
-    if path in _ON_A_SHARE:
-        gathered = sum(bytes_of(aval) for aval in (*use.operands, use.out)) * share
-        backward = lambda operands, g: dense_products(use.operation, operands, g)
-        return joined(
-            times(work_of(_traced(backward, use.operands, use.out), wanted=wanted), share), {"copy": (2, gathered)}
-        )
     dims = use.dims
     made = lambda operands, p: products(use.operation, operands, p, dims, use.out.shape, backend, assumed=share)
     return work_of(_traced(made, use.operands, p), share, wanted)

@@ -27,6 +27,8 @@ COEFFICIENTS: dict[str, tuple[float, ...]] = {
     "native dither": (0.0, 0.0),
     "native entries_grad_input": (5.62e-05, 4.4e-11, 0.0, 0.0),
     "native entries_grad_weight": (0.000129, 3.81e-11, 0.0, 0.0),
+    "native images_grad_input": (2e-05, 1.05e-11, 1e-10),
+    "native images_grad_weight": (2e-05, 1.05e-11, 1e-10),
     "native live_rows": (2e-07, 4.34e-10),
     "native row_moments": (7.24e-05, 4.35e-10),
     "native rows_grad_input": (3.76e-05, 1.84e-11, 0.0, 1.81e-10),

@@ -41,11 +41,30 @@ def of_call(equation: Equation, share: float) -> Units:
             rows, n = first.shape[-2:]
             m = equation.avals[-1].shape[-1] if target.endswith("weight") else equation.results[0].shape[-1]
             return _all(equation, 2, f"native {target}", (1, share * rows * n * m, rows * n, m * n + rows * m))
+        case "images_grad_input" | "images_grad_weight":
+            return _of_images(equation, target, share)
         case "dither" | "row_moments" | "live_rows":
             read = size_of(first) if target != "live_rows" else first.shape[-2] + (1 - share) * size_of(first)
             return {f"native {target}": (1, read)}
         case _:
             return {"copy": (1, sum(map(bytes_of, (*equation.avals, *equation.results))))}
+
+
+def _of_images(equation: Equation, target: str, share: float) -> Units:
+    """Return multiply-adds of the images that are kept, with those that fill up a register block, and bytes of them."""
+    g, _, other = equation.avals
+    (result,) = equation.results
+    images, kernel = (other, result) if target.endswith("weight") else (result, other)
+    height, width, m, n = kernel.shape[-4:]
+    padded = max(m, 6) if target.endswith("weight") else -(-m // 32) * 32
+    positions = size_of(g) // n
+    return {
+        f"native {target}": (
+            1,
+            share * positions * height * width * n * padded,
+            share * (bytes_of(g) + bytes_of(images)),
+        )
+    }
 
 
 def _features(equation: Equation, features_last: bool) -> tuple[int, int]:
