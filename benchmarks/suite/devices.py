@@ -21,7 +21,7 @@ from benchmarks.helpers.records import Row
 from benchmarks.helpers.timing import medians, timed
 from benchmarks.suite.context import Context
 
-SIZES = ((1024, 1024), (2048, 1024))  # rows, width
+SIZES = ((1024, 1024),)  # rows, width
 SMALL = ((16, 64),)
 PROCESSES = {"8 devices, 1 process": 1, "2 devices, 2 processes": 2}
 _PLANS = {

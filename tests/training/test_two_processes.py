@@ -70,7 +70,7 @@ def test_two_processes_compute_what_one_does():
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     started = [_start(0, 1, ""), *(_start(process, 2, address) for process in range(2))]
-    finished = [process.communicate(timeout=120) for process in started]
+    finished = [process.communicate(timeout=240) for process in started]
     for process, (_, errors) in zip(started, finished, strict=True):
         assert process.returncode == 0, errors[-2000:]
     one, *two = [[line.split(": ") for line in out.splitlines() if "Gloo" not in line] for out, _ in finished]
