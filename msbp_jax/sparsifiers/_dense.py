@@ -17,7 +17,7 @@ def dense(*, native: bool = False) -> Sparsifier:
     Args:
       native: Whether convolutions have their whole backward from native kernels, where these run: on a CPU, in float32
         and bfloat16, one or two axes of pixels, without groups, not transposed. The gradients are the same to the order
-        of their sums, and XLA's own take up to three times as long. Elsewhere, and for everything else, nothing
+        of their sums, and XLA's own mostly take 1.2 to 4 times as long. Elsewhere, and for everything else, nothing
         changes; the report says which convolutions they are.
 
     Returns:
