@@ -164,7 +164,7 @@ def fit(table: list[Row]) -> dict[str, tuple[float, ...]]:
 def work_of_piece(piece: Piece) -> Work:
     """Return the work of a piece, that of calling a program among it."""
     if piece.work is not None:
-        return joined(piece.work, {"program": (1,)})
+        return joined(piece.work, {"program": (1, 0)})
     return work_of_run(jax.make_jaxpr(piece.function)(*piece.arguments), piece.share)
 
 
@@ -200,7 +200,7 @@ def _columns() -> Iterator[tuple[str, Piece]]:
 
 
 def _rows_and_entries() -> Iterator[tuple[str, Piece]]:
-    for rows, m, n in SELECTIONS[1:-1]:
+    for rows, m, n in SELECTIONS[:-1]:
         x, w, g = _normal(rows, m), _normal(m, n), _normal(rows, n)
         yield f"dither {rows}x{n}", Piece(_dithered, (g,))
         for share in SHARES:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import optax
 
+from msbp_jax.kernels.choice import target
 from msbp_jax.sparsifiers._regroup import group_of, regrouped
 from msbp_jax.transform._program import Program
 from msbp_jax.transform._shares import is_concrete
@@ -69,7 +70,7 @@ class Measured:
     @property
     def train_dense(self) -> bool:
         """Whether nothing that was tried is faster than the dense step."""
-        return self.plain <= min(self.sparse, *(took for _, took in (*self.groups, *self.left_dense)), self.sparse)
+        return self.plain <= min([self.sparse, *(took for _, took in (*self.groups, *self.left_dense))])
 
 
 def measure(
@@ -115,7 +116,7 @@ def measure(
         left_dense=tuple((name, medians[_dense(name)]) for name in dearest if _dense(name) in medians),
         not_tried=tuple(name for name in variants if name not in tried),
         rounds=rounds,
-        device=jax.devices()[0].device_kind,
+        device=target.device().kind,
     )
 
 
@@ -140,10 +141,10 @@ def _dense(name: str) -> str:
 
 
 def _with_groups(program: Program, rows_per_group: int | None) -> Program:
-    sites = [
-        dataclasses.replace(s, sparsifier=(s.sparsifier and regrouped(s.sparsifier, rows_per_group)) or s.sparsifier)
-        for s in program.sites
-    ]
+    changed = {
+        site.name: regrouped(site.sparsifier, rows_per_group) for site in program.sparse_sites if site.sparsifier
+    }
+    sites = [dataclasses.replace(s, sparsifier=changed.get(s.name) or s.sparsifier) for s in program.sites]
     return dataclasses.replace(program, sites=sites)
 
 

@@ -67,8 +67,8 @@ def make_step(
       optimizer: What the gradients of the parameters are handed to; None for nothing.
       plain: Whether its backward is plain JAX's, and its weights are dense.
     """
-    leaves, structure = jax.tree.flatten(params, is_leaf=is_sparse)
-    structure_of: Any = structure
+    structure: Any = jax.tree.structure(params, is_leaf=is_sparse)
+    leaves = structure.flatten_up_to(params)
     weights = [leaf.dense() if plain and isinstance(leaf, SparseWeight) else leaf for leaf in leaves]
     values = [weight.values if isinstance(weight, SparseWeight) else jnp.asarray(weight) for weight in weights]
     # None is no leaf: an optimizer does not see what has no gradient.
@@ -84,7 +84,7 @@ def make_step(
 
     def run(trained: Any, memory: Any, opt_state: Any, fixed: list[Any], data: list[Any]) -> Any:
         def forward(trained: Any, memory: Any) -> tuple[list[Any], list[Any]]:
-            given = structure_of.flatten_up_to(trained)
+            given = structure.flatten_up_to(trained)
             filled = [_filled(weight, value) for weight, value in zip(fixed, given, strict=True)]
             called = dataclasses.replace(program, arguments=[*filled, *data], rebuild=lambda results: results)
             results = called.run_plain() if plain else called.run(opened(Carried(memory), start))

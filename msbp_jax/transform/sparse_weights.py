@@ -161,7 +161,7 @@ class SparseWeightsModule:
         return {**found, "params": _apart(variables["params"])[0]}
 
     def report(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Report:
-        """Return what is sparse and what stays dense, and why; takes what `apply` takes."""
+        """Return what is sparse and what stays dense, and why; takes what `report` of `sparse_vjp` takes."""
         return self.model.report(_merged(variables, self._backend), *args, **kwargs)
 
     def __repr__(self) -> str:
@@ -210,7 +210,7 @@ class SparseWeightsFunction:
         return self.function.init_memory(self._merged(params, sparsity), *args, **kwargs)
 
     def report(self, params: Any, sparsity: Any, *args: Any, **kwargs: Any) -> Report:
-        """Return what is sparse and what stays dense, and why; takes what a call takes."""
+        """Return what is sparse and what stays dense, and why; takes what `report` of `sparse_vjp` takes."""
         return self.function.report(self._merged(params, sparsity), *args, **kwargs)
 
     def __repr__(self) -> str:
