@@ -4,6 +4,8 @@
 //   dw[features of the group] += p[group]T x[group]         [k, r] x [r, m]
 #pragma once
 
+#include <type_traits>
+
 #include "tile.h"
 
 namespace {
@@ -62,14 +64,20 @@ MSBP_INLINE void multiply(int64_t length, const float* a, const float* panel, bo
   }
 }
 
+// Calls body with a number of rows, up to R, that is known when it runs, as a constant.
+template <int R, typename Body>
+MSBP_INLINE void with_rows(int64_t rows, const Body& body) {
+  if (rows == R) {
+    body(std::integral_constant<int, R>{});
+  } else if constexpr (R > 1) {
+    with_rows<R - 1>(rows, body);
+  }
+}
+
 template <int R>
 void multiply_rows(int64_t rows, int64_t length, const float* a, const float* panel, bool add, float* const* out,
                    int64_t width) {
-  if (rows == R) {
-    multiply<R>(length, a, panel, add, out, width);
-  } else if constexpr (R > 1) {
-    multiply_rows<R - 1>(rows, length, a, panel, add, out, width);
-  }
+  with_rows<R>(rows, [&](auto size) { multiply<size.value>(length, a, panel, add, out, width); });
 }
 
 // How `count` rows are cut into register blocks: as few as there must be, and as even as possible.

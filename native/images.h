@@ -1,4 +1,5 @@
-// Backward of a dense convolution, on the images that are kept: channels last, nothing unfolded, no image copied.
+// Backward of a dense convolution, on the images that are kept: channels last, nothing unfolded. Images in float32 are
+// read where they lie; those in bfloat16, and g if its features do not fill panels, are copied.
 //
 //   dx[q]          = sum over the places k of the window of g[p] w[k]T, where the window at p reads q at k
 //   dw of place k  = sum over p of x[q]T g[p]
@@ -6,8 +7,6 @@
 // Along a row of pixels what one place of the window reads lies at even distances, so that both are products of
 // matrices as they lie in memory. Rows of g that meet nothing but zeros around the image are left out.
 #pragma once
-
-#include <type_traits>
 
 #include "rows.h"
 
@@ -84,31 +83,30 @@ MSBP_INLINE void add_outer(const Stretch* begin, const Stretch* end, int64_t cha
   for (int q = 0; q < R; ++q) add_panel(total[q], out + q * out_stride, width);
 }
 
-// Calls body.template operator()<rows>() for a number of rows that is known when it runs.
-template <int R, typename Body>
-MSBP_INLINE void with_rows(int64_t rows, const Body& body) {
-  if (rows == R) {
-    body(std::integral_constant<int, R>{});
-  } else if constexpr (R > 1) {
-    with_rows<R - 1>(rows, body);
-  }
-}
+// The images that are kept as float32, rows padded to `padded` floats: where they lie if they are that already, else
+// copied one behind the other.
+struct Images {
+  const float* data;
+  int64_t floats;  // of an image
+  const int32_t* where;  // [kept]; null for one behind the other
 
-// An array of images as float32, rows padded to `padded` floats: itself where it is that already. Of images that are
-// left out nothing is read or written.
-template <typename T>
-const float* as_floats(const T* array, const Kept& kept, int64_t images, int64_t pixels, int64_t row, int64_t padded, msbp::Slot slot,
-                       msbp::Pool& pool) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (row == padded) return array;
+  const float* at(int64_t number) const { return data + (where ? where[number] : number) * floats; }
+
+  template <typename T>
+  static Images of(const T* array, const Kept& kept, int64_t pixels, int64_t row, int64_t padded, msbp::Slot slot,
+                   msbp::Pool& pool) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (row == padded) return {array, pixels * row, kept.rows};
+    }
+    float* out = scratch<float>(slot, most(1, kept.count * pixels * padded));
+    parallel(pool, kept.count, [&](int64_t task) {
+      const T* from = array + kept.rows[task] * pixels * row;
+      float* to = out + task * pixels * padded;
+      for (int64_t i = 0; i < pixels; ++i) copy_row(from + i * row, row, to + i * padded, padded);
+    });
+    return {out, pixels * padded, nullptr};
   }
-  float* out = scratch<float>(slot, images * pixels * padded);
-  parallel(pool, kept.count, [&](int64_t task) {
-    const int64_t first = kept.rows[task] * pixels;
-    for (int64_t i = first; i < first + pixels; ++i) copy_row(array + i * row, row, out + i * padded, padded);
-  });
-  return out;
-}
+};
 
 template <typename Value, typename Other>
 void images_grad_input(const msbp::ImagesProduct& p, msbp::Pool& pool) {
@@ -120,7 +118,8 @@ void images_grad_input(const msbp::ImagesProduct& p, msbp::Pool& pool) {
     std::memset(p.out + image * down.size * row, 0, down.size * row * sizeof(float));
   });
   if (kept.count == 0) return;
-  const float* g = as_floats(static_cast<const Value*>(p.values), kept, p.images, down.out * across.out, n, n, msbp::Slot::kValues, pool);
+  const Images g = Images::of(static_cast<const Value*>(p.values), kept, down.out * across.out, n, n,
+                              msbp::Slot::kValues, pool);
   const Other* w = static_cast<const Other*>(p.other);
   const int64_t places = down.window * across.window, panels = ceil_div(m, kPanel);
   float* packed = scratch<float>(msbp::Slot::kPartials, places * panels * n * kPanel);
@@ -133,9 +132,9 @@ void images_grad_input(const msbp::ImagesProduct& p, msbp::Pool& pool) {
   const int64_t rows = least(down.size, most(1, kFloatsATask / most(1, row + across.out * n)));
   const int64_t bands = ceil_div(down.size, rows);
   parallel(pool, kept.count * bands, [&](int64_t task) {
-    const int64_t image = kept.rows[task / bands], top = task % bands * rows, bottom = least(down.size, top + rows);
-    const float* from = g + image * down.out * across.out * n;
-    float* to = p.out + image * down.size * row;
+    const int64_t number = task / bands, top = task % bands * rows, bottom = least(down.size, top + rows);
+    const float* from = g.at(number);
+    float* to = p.out + kept.rows[number] * down.size * row;
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t first = panel * kPanel, width = least(kPanel, m - first);
       for (int64_t place = 0; place < places; ++place) {
@@ -168,10 +167,10 @@ void images_grad_weight(const msbp::ImagesProduct& p, msbp::Pool& pool) {
   const Kept kept = Kept::of(p.weight, p.images);
   const int64_t n = p.features, m = p.channels, g_step = ceil_div(n, kPanel) * kPanel;
   const int64_t places = down.window * across.window, size = places * m * n;
-  const float* g = as_floats(static_cast<const Value*>(p.values), kept, p.images, down.out * across.out, n, g_step,
-                             msbp::Slot::kValues, pool);
-  const float* x = as_floats(static_cast<const Other*>(p.other), kept, p.images, down.size * across.size, m, m,
-                             msbp::Slot::kResult, pool);
+  const Images g = Images::of(static_cast<const Value*>(p.values), kept, down.out * across.out, n, g_step,
+                              msbp::Slot::kValues, pool);
+  const Images x = Images::of(static_cast<const Other*>(p.other), kept, down.size * across.size, m, m,
+                              msbp::Slot::kResult, pool);
   const int64_t lines = kept.count * down.out;  // rows of pixels of y, of all images that are kept
   const int64_t at_once = most(1, kFloatsAtOnce / most(1, across.out * g_step + across.size * m * down.stride));
 
@@ -182,19 +181,19 @@ void images_grad_weight(const msbp::ImagesProduct& p, msbp::Pool& pool) {
     Stretch* stretches = scratch<Stretch>(msbp::Slot::kLists, at_once);
     Stretch* end = stretches;
     for (int64_t l = from; l < to; ++l) {
-      const int64_t image = kept.rows[l / down.out], a = l % down.out;
+      const int64_t number = l / down.out, a = l % down.out;
       if (a < line.begin || a >= line.end || pixels.begin == pixels.end) continue;
       const int64_t y = Reads::pixel(down, i, a), left = Reads::pixel(across, j, pixels.begin);
-      *end++ = {x + ((image * down.size + y) * across.size + left) * m,
-                g + ((image * down.out + a) * across.out + pixels.begin) * g_step, pixels.end - pixels.begin};
+      *end++ = {x.at(number) + (y * across.size + left) * m,
+                g.at(number) + (a * across.out + pixels.begin) * g_step, pixels.end - pixels.begin};
     }
     const Blocks blocks(channels);
     for (int64_t first = 0; first < n; first += kPanel) {
       for (int64_t block = 0; block < blocks.number; ++block) {
         const int64_t c = channel + blocks.begin(block);
         with_rows<kBlockRows>(blocks.size(block), [&](auto rows) {
-          add_outer<rows.value>(stretches, end, c, first, across.stride * m, g_step, out + (place * m + c) * n + first, n,
-                                least(kPanel, n - first));
+          add_outer<rows.value>(stretches, end, c, first, across.stride * m, g_step, out + (place * m + c) * n + first,
+                                n, least(kPanel, n - first));
         });
       }
     }

@@ -22,6 +22,7 @@ from msbp_jax.dynamic._schedule import (
     check_still_sparse,
     leaves_of,
     mark,
+    marks_of,
     patterns_of,
     started,
     with_leaves,
@@ -113,7 +114,8 @@ class Exchange(SparsitySchedule):
         owned = [name for name in whose if name is not None]
         moments = [leaf for leaf, name in zip(leaves, whose, strict=True) if name is not None]
         operands = (patterns, {name: jnp.asarray(params[name]) for name in patterns}, list(map(jnp.asarray, moments)))
-        due, marks = self.due(state), {name: jnp.asarray((state.marks or {})[name]) for name in patterns}
+        before = marks_of(variables, patterns) if state.marks is None else state.marks
+        due, marks = self.due(state), {name: jnp.asarray(before[name]) for name in patterns}
         found = (*operands, marks)
         if isinstance(due, _compat.Tracer):
             found = jax.lax.cond(due, exchange, lambda *operands: (*operands, marks), *operands)

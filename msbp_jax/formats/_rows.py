@@ -25,12 +25,15 @@ class Rows(Format):
       unchanged: True where every weight is 0 or 1, and rows of weight 0 are exactly 0 in `values` too: then `p` is
         `values` itself.
       share: Share of the rows that is kept, where that is known beforehand; None where it is not.
+      drawn_together: Consecutive rows that were kept or left out together; None where nothing was drawn here, as of
+        rows of zeros, which may be those of whole examples.
     """
 
     values: jax.Array
     weight: jax.Array
     unchanged: bool = dataclasses.field(default=False, metadata={"static": True})
     share: float | None = dataclasses.field(default=None, metadata={"static": True})
+    drawn_together: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[Size, int]:

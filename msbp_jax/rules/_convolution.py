@@ -113,7 +113,8 @@ class Convolution:
         x, w = operands
         x_order, w_order = features_last(self.dimension_numbers.lhs_spec), _kernel_order(self.dimension_numbers)
         geometry = self._geometry(w.shape)
-        images, kernel = jnp.transpose(x, x_order), jnp.transpose(w, w_order)
+        # Operands may be narrower than the gradient, by `preferred_element_type`.
+        images, kernel = jnp.transpose(of_images.taken(x), x_order), jnp.transpose(of_images.taken(w), w_order)
         g = jnp.transpose(g, features_last(self.dimension_numbers.out_spec))
         dx = of_images.grad_input(g, kept, kernel, geometry, images.shape[1:-1])
         dw = of_images.grad_weight(g, kept, images, geometry)

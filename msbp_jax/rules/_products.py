@@ -100,7 +100,16 @@ def _examples(p: Format, operation: Operation, lhs: Shape, rhs: Shape, backend: 
         return how if how is not None and how.products is not None else None
     if not isinstance(p, Rows) or not kernels.skips(p):
         return None
-    return operation.examples(lhs, rhs, p.values.dtype, backend)
+    how = operation.examples(lhs, rhs, p.values.dtype, backend)
+    # An example is computed if any of its rows is kept: nearly all are, where rows are drawn one by one.
+    apart = how is not None and p.drawn_together is not None and p.drawn_together % max(1, rows_of(how, p, lhs))
+    return None if apart else how
+
+
+def rows_of(how: Examples, p: Rows, lhs: Shape) -> int:
+    """Return how many rows an example has."""
+    rows, examples = p.values.shape[-2], lhs[how.axis]
+    return int(rows // max(1, examples))
 
 
 def _on_examples(

@@ -12,13 +12,15 @@ from msbp_jax.sparsifiers._where import Stays, Where, keeps_all
 def dense(*, native: bool = False) -> Sparsifier:
     r"""Keep the whole gradient: `S(u) = u`.
 
-    A site with it is evaluated as plain JAX, bit for bit, and has no memory. It serves in a plan, to leave a layer out.
+    A site with it is evaluated as plain JAX, bit for bit, unless `native`, and has no memory. It serves in a plan, to
+    leave a layer out.
 
     Args:
       native: Whether convolutions have their whole backward from native kernels, where these run: on a CPU, in float32
         and bfloat16, one or two axes of pixels, without groups, not transposed. The gradients are the same to the order
         of their sums, and XLA's own mostly take 1.2 to 4 times as long. Elsewhere, and for everything else, nothing
-        changes; the report says which convolutions they are.
+        changes; the report says which convolutions they are. Of a native kernel there is no second derivative, no
+        forward mode, and no export.
 
     Returns:
       The sparsifier.

@@ -179,7 +179,7 @@ class _SampleRows:
         else:
             score = _norms(u) * (seen["input_norms"] if self.by_product else 1)
             weight, told = self._drawn(now, jnp.where(live, score, _IDLE))
-        p = Rows(u, weight, unchanged=self.efficiency == 1, share=self.density)
+        p = Rows(u, weight, unchanged=self.efficiency == 1, share=self.density, drawn_together=self._rows)
         return p, _told(state, next_key, told)
 
     def _drawn(self, key: jax.Array, scores: Float[Array, " rows"]) -> tuple[jax.Array, Float[Array, " 3"]]:

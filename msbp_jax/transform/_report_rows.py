@@ -16,11 +16,6 @@ from msbp_jax.transform._remembers import abstract_result
 from msbp_jax.transform._report import DenseRow, SparseRow
 from msbp_jax.transform._sites import Site
 
-_WHOLE_EXAMPLES = (
-    "its products run whole: native kernels leave out images of plain convolutions alone on a CPU (no groups, not "
-    "transposed, float32 or bfloat16), as XLA's convolutions in branches take tens of times as long there."
-)
-
 
 def entering(outputs: Outputs | None, sparse: tuple[SparseRow, ...]) -> str:
     """Say what is chosen of the gradient where it enters, "" if nothing is."""
@@ -135,8 +130,8 @@ def _warning(site: Site, p: Format, paths: list[Path], backend: str | None) -> s
         return f"{slower}{type(whole[0]).__name__} has no products of its own."
     if backend == "dense":
         return f'{slower}backend="dense" asks for it.'
-    if any(isinstance(q, Rows) for q in whole):
-        return _WHOLE_EXAMPLES
+    if isinstance(whole[0], Rows):
+        return _why_whole(site, whole[0])
     if not any(q.pays_on_patches for q in whole):
         skipped = whole[0].skips
         return f"its products run whole: {skipped} are left out of matrix products, and not yet of other contractions."
@@ -148,6 +143,26 @@ def _warning(site: Site, p: Format, paths: list[Path], backend: str | None) -> s
             "rows_per_group=None makes it smaller convolutions; msbp.dense() leaves it out."
         )
     return f"{slower}a grouped contraction gains nothing from groups of rows. msbp.dense() leaves it out."
+
+
+def _why_whole(site: Site, p: Rows) -> str:
+    """Say why no example is left out of a contraction that is no product of matrices."""
+    whole = "its products run whole: "
+    if not kernels.skips(p):
+        return f"{whole}so many rows are kept that it is faster."
+    each = site.dims.rows_per_example
+    if p.drawn_together is not None and p.drawn_together % each:
+        return (
+            f"{whole}an example is computed if any of its {each} rows is kept, and they are drawn {p.drawn_together} at "
+            'a time. rows_per_group="example" draws whole examples.'
+        )
+    if site.found.primitive != "conv_general_dilated":
+        return f"{whole}experts are numbered from an offset."
+    return (
+        f"{whole}native kernels leave out images of plain convolutions alone on a CPU (one or two axes of pixels, four "
+        "features or more, no groups, not transposed, float32 or bfloat16), as XLA's convolutions in branches take "
+        "tens of times as long there."
+    )
 
 
 def _in_8_bits(p: Format) -> bool:

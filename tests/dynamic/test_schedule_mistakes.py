@@ -217,6 +217,8 @@ def test_a_pattern_of_as_many_entries_in_other_places(jitted):
     for of, state in ((SPARSE, after), (variables, before)):
         with pytest.raises(ValueError, match="The entries of a/kernel stand in other places than those that the state"):
             schedule.check(of, state)
+    unmarked, _, state = update(SPARSE, OPT_STATE, before._replace(marks=None))  # of an older checkpoint
+    schedule.check(unmarked, state)
     stages = msbp.gradual_pruning(stages={1: 0.1})
     first, _, state = stages.update(TX, SPARSE, OPT_STATE, stages.init(SPARSE))
     stages.check(first, state)

@@ -88,7 +88,10 @@ def test_what_runs():
     assert not kernels.runs(GEOMETRY, X.shape, 6, jnp.float16)
     assert not kernels.runs(GEOMETRY, (0, 5, 5, 4), 6, F32)
     assert not kernels.runs(GEOMETRY, (3, 1, 1, 4), 6, F32)  # no window fits
+    assert not kernels.runs(GEOMETRY, X.shape, 3, F32)  # of features so few
     assert not kernels.runs(GEOMETRY, (3, 5, 2**20, 4), 6, F32)
+    padded = geometry_of({"window": (1,), "padding": ((2**19, 2**19),)})
+    assert not kernels.runs(padded, (1, 2**19, 4), 6, F32)  # positions so many
     assert not kernels.runs(geometry_of({"window": (2, 2), "groups": 2}), X.shape, 6, F32)
     assert not kernels.runs(geometry_of({"window": (2, 2, 2)}), (3, 5, 5, 5, 4), 6, F32)
 

@@ -35,7 +35,7 @@ def convolution(numbers=NHWC, strides=(1, 1), padding="SAME", **options):
     return lambda w, x: lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=numbers, **options)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     st.tuples(st.integers(1, 20), st.integers(1, 9), st.integers(1, 9)),
     st.tuples(st.integers(1, 4), st.integers(1, 4)),
@@ -69,7 +69,7 @@ def test_reports_say_what_runs():
     # A CPU's convolutions in a branch of XLA's are slow: what the kernels do not run, runs whole.
     transposed = row(convolution(padding=((2, 2), (2, 2)), lhs_dilation=(2, 2)))
     assert transposed.backend == "xla, dense"
-    said = "its products run whole: native kernels leave out images of plain convolutions alone on a CPU"
+    said = "native kernels leave out images of plain convolutions alone on a CPU (one or two axes of pixels, four"
     assert said in transposed.warning
     asked = row(convolution(), backend="dense")
     assert asked.backend == "xla, dense"
@@ -165,6 +165,39 @@ def test_low_precision(dtype):
         assert got.dtype == want.dtype
         scale = float(jnp.abs(want.astype(jnp.float32)).max())
         np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), atol=0.02 * scale)
+
+
+@pytest.mark.parametrize("narrow", [jnp.float16, jnp.bfloat16, jnp.float8_e4m3fn])
+def test_operands_narrower_than_the_gradient(narrow):
+    w, x = normal(0, 3, 3, 4, 8).astype(narrow), normal(1, 8, 6, 6, 4).astype(narrow)
+    f = convolution(preferred_element_type=jnp.float32)
+    mask = (jnp.arange(8) % 2).astype(jnp.float32)
+    want = gradients(f, w, x, mask)
+    for sparsifier in (SKIP, msbp.dense(native=True)):
+        for got, right in zip(gradients(msbp.sparse_vjp(f, sparsifier), w, x, mask), want, strict=True):
+            assert got.dtype == right.dtype
+            wide = right.astype(jnp.float32)
+            np.testing.assert_allclose(got.astype(jnp.float32), wide, atol=0.1 * float(jnp.abs(wide).max()))
+
+
+def test_rows_that_are_drawn_apart_leave_out_no_image():
+    """An image of which any position is kept is computed: the report says so, and how whole ones are drawn."""
+    w, x = normal(0, 3, 3, 4, 8), normal(1, 8, 6, 6, 4)
+    row = lambda s, **options: msbp.sparse_vjp(convolution(), s, min_features=1, **options).report(w, x).sparse[0]
+    apart = row({"params": msbp.sample_rows(density=0.25)})
+    assert (apart.backend, apart.saved) == ("xla, dense", 0)
+    assert "an example is computed if any of its 36 rows is kept, and they are drawn 1 at a time" in apart.warning
+    whole = row({"params": msbp.sample_rows(density=0.25, rows_per_group="example")})
+    assert (whole.backend, whole.saved) == (("native, images that are kept", 0.75) if NATIVE else ("xla, dense", 0))
+    assert "so many rows are kept that it is faster" in row({"params": msbp.sample_rows(density=0.9)}).warning
+    two = msbp.sample_rows(density=0.25, rows_per_group=72)
+    assert row({"params": two}, backend="xla").backend.startswith("xla, images that are kept")
+    f = msbp.sparse_vjp(convolution(), {"params": msbp.sample_rows(density=0.5, rows_per_group="example")})
+    plain = msbp.sparse_vjp(convolution(), {"params": msbp.sample_rows(density=0.5, rows_per_group="example")},
+                            backend="dense")  # fmt: skip
+    loss = lambda f: lambda w, m: jnp.sin(f(w, x, memory=m)).sum()
+    got, want = (msbp.value_and_grad(loss(f))(w, f.init_memory(w, x))[1] for f in (f, plain))
+    assert_trees_close(got, want)
 
 
 def test_no_images_and_all_left_out():

@@ -2,7 +2,7 @@
 
 A CPU's convolutions within branches of XLA take tens of times as long as outside of them, so that a ladder of sizes
 (`rows/ladder`) is no way there. These kernels skip images as they come, whatever their number; nothing is unfolded, and
-no image is copied.
+float32 images are read where they lie.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from msbp_jax.kernels.convolutions.geometry import Geometry, Shape, as_images, t
 from msbp_jax.kernels.native import calls
 
 _MOST = 2**20  # of any size of an image and its window
+_FEWEST = 4  # features: with fewer, most of a register block would be padding
 
 
 def runs(geometry: Geometry, x: Shape, features: int, *dtypes: Any) -> bool:
@@ -27,16 +28,21 @@ def runs(geometry: Geometry, x: Shape, features: int, *dtypes: Any) -> bool:
       geometry: Of the window.
       x: Shape of the images, channels last.
       features: Of the result.
-      *dtypes: Of the operands and the gradient.
+      *dtypes: Of what is passed to them.
     """
-    if not calls.runs(*dtypes) or geometry.groups != 1 or not 1 <= len(geometry.window) <= 2 or not features:
+    if not calls.runs(*dtypes) or geometry.groups != 1 or not 1 <= len(geometry.window) <= 2 or features < _FEWEST:
         return False
     positions = geometry.positions(x[1:-1])
     if _compat.is_symbolic(*x) or 0 in x or 0 in positions:
         return False
     padding = [abs(pad) for pads in geometry.padding for pad in pads]
-    sizes = (*x[1:], features, *geometry.window, *geometry.strides, *geometry.dilation, *padding)
+    sizes = (*x[1:], *positions, features, *geometry.window, *geometry.strides, *geometry.dilation, *padding)
     return max(sizes) < _MOST and x[0] < 2**31
+
+
+def taken(array: jax.Array) -> jax.Array:
+    """Return an array in a dtype that the kernels take: itself, or as float32, which holds every narrower one."""
+    return array if array.dtype in calls.DTYPES else array.astype(jnp.float32)
 
 
 def grad_input(

@@ -56,12 +56,13 @@ def _of_images(equation: Equation, target: str, share: float) -> Units:
     (result,) = equation.results
     images, kernel = (other, result) if target.endswith("weight") else (result, other)
     height, width, m, n = kernel.shape[-4:]
-    padded = max(m, 6) if target.endswith("weight") else -(-m // 32) * 32
+    panels = lambda size: -(-size // 32) * 32
+    padded = panels(n) * max(m, 6) if target.endswith("weight") else n * panels(m)
     positions = size_of(g) // n
     return {
         f"native {target}": (
             1,
-            share * positions * height * width * n * padded,
+            share * positions * height * width * padded,
             share * (bytes_of(g) + bytes_of(images)),
         )
     }
