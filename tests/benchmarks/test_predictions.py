@@ -25,12 +25,22 @@ FAR: dict[str, float] = {
 }  # what is further off than a quarter, and by how much
 
 
+# The smaller one of each kind; the others are traced in the whole suite alone.
+QUICK = {
+    "MLP 784-(256 x 2)-10, batch 64",
+    "LSTM 128, 32 x 24 tokens",
+    "transformer 2 x 128, 16 x 48 tokens",
+    "CNN 32-64-128, 32 images of 32 x 32",
+}
+CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in predictions.NETWORKS]
+
+
 def name_of(row):
     return f"{row['network']}: {row['method']}"
 
 
 @pytest.mark.skipif("native" not in msbp.backends()["select"], reason="the native kernels were not built")
-@pytest.mark.parametrize("network", predictions.NETWORKS)
+@pytest.mark.parametrize("network", CASES)
 def test_speed_ups_of_steps_are_predicted_within_a_quarter(network):
     rows = [row for row in ROWS if row["network"] == network]
     assert {row["method"] for row in rows} == set(predictions.methods())
@@ -61,6 +71,7 @@ def test_fitted_seconds_are_those_that_the_pieces_took(monkeypatch):
         assert again == pytest.approx(row["ms"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_pieces_run_and_have_work():
     for family, pieces in step_costs.families(small=True).items():
         for name, piece in pieces.items():
