@@ -153,8 +153,8 @@ def _why_whole(site: Site, p: Rows) -> str:
     each = site.dims.rows_per_example
     if p.drawn_together is not None and p.drawn_together % each:
         return (
-            f"{whole}an example is computed if any of its {each} rows is kept, and they are drawn {p.drawn_together} at "
-            'a time. rows_per_group="example" draws whole examples.'
+            f"{whole}an example is computed if any of its {each} rows is kept, and {p.drawn_together} at a time are "
+            'drawn. rows_per_group="example" draws whole examples.'
         )
     if site.found.primitive != "conv_general_dilated":
         return f"{whole}experts are numbered from an offset."

@@ -186,7 +186,7 @@ def test_rows_that_are_drawn_apart_leave_out_no_image():
     row = lambda s, **options: msbp.sparse_vjp(convolution(), s, min_features=1, **options).report(w, x).sparse[0]
     apart = row({"params": msbp.sample_rows(density=0.25)})
     assert (apart.backend, apart.saved) == ("xla, dense", 0)
-    assert "an example is computed if any of its 36 rows is kept, and they are drawn 1 at a time" in apart.warning
+    assert "an example is computed if any of its 36 rows is kept, and 1 at a time are drawn" in apart.warning
     whole = row({"params": msbp.sample_rows(density=0.25, rows_per_group="example")})
     assert (whole.backend, whole.saved) == (("native, images that are kept", 0.75) if NATIVE else ("xla, dense", 0))
     assert "so many rows are kept that it is faster" in row({"params": msbp.sample_rows(density=0.9)}).warning
