@@ -21,6 +21,8 @@ from msbp_jax.kernels.choice.costs.coefficients import seconds
 from msbp_jax.kernels.choice.costs.optimizers import work_of_update
 from msbp_jax.kernels.choice.costs.work import Work, work_of_run
 from msbp_jax.rules._work import Use, dense_work, entering_work, forward_work, sparse_work
+from msbp_jax.transform._discover import Place
+from msbp_jax.transform._gradients import needed_gradients
 from msbp_jax.transform._program import Program
 from msbp_jax.transform._sites import Site
 
@@ -118,13 +120,16 @@ def estimate_step(
     dense_of, forward_of = functools.cache(dense_work), functools.cache(forward_work)
     sparse_of = functools.cache(lambda use, sparsifier, kept: sparse_work(use, sparsifier, program.backend, kept))
     running = [site for site in program.sites if site.operation is not None and _NOT_RUN not in site.found.sealed]
-    for site in filter(_is_layer, running):
-        use = _use(site)
+    needed = needed_gradients(program)
+    for site in running:
+        use = _use(site, needed)
+        if not _is_layer(site, use):
+            continue
         dense = sparse = seconds(dense_of(use)) * _uses(site)
         if site.sparsifier is not None:
             sparse = seconds(sparse_of(use, site.sparsifier, by_site.get(site.name, kept))) * _uses(site)
         layers.append(LayerEstimate(name=site.name, dense=dense, sparse=sparse))
-    forward = sum(seconds(forward_of(_use(site))) * _uses(site) for site in running)
+    forward = sum(seconds(forward_of(_use(site, needed))) * _uses(site) for site in running)
     whole = seconds(_gradient_work(program))
     return StepEstimate(
         forward=forward,
@@ -134,22 +139,23 @@ def estimate_step(
     )
 
 
-def _is_layer(site: Site) -> bool:
+def _is_layer(site: Site, use: Use) -> bool:
     """Whether a contraction has a backward of its own here: with a parameter, or one that the plan makes sparse."""
-    has_gradient = site.found.side is not None and jnp.issubdtype(site.found.out.dtype, jnp.floating)
-    return not site.is_empty and (has_gradient or site.sparsifier is not None)
+    named = site.found.side is not None or site.sparsifier is not None
+    return named and not site.is_empty and (use.of_inputs or use.of_weight)
 
 
-def _use(site: Site) -> Use:
+def _use(site: Site, needed: Mapping[Place, tuple[bool, bool]]) -> Use:
     assert site.operation is not None
     found = site.found
-    inputs = found.rhs_source if site.side == "lhs" else found.lhs_source
+    of_lhs, of_rhs = needed.get(found.place, (False, False))
     return Use(
         operation=site.operation,
         side=site.side,
         operands=(found.lhs, found.rhs),
         out=found.out,
-        of_inputs=bool(inputs.parameters),  # data itself has no gradient in a step
+        of_inputs=of_rhs if site.side == "lhs" else of_lhs,
+        of_weight=of_lhs if site.side == "lhs" else of_rhs,
     )
 
 
