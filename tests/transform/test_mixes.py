@@ -98,6 +98,13 @@ ROWS = jnp.ones((16, 6))
         (lambda h: (h - h.mean(0, keepdims=True)) / jnp.sqrt(h.var(0, keepdims=True) + 1e-3), True, True),
         (lambda h: h - jax.lax.stop_gradient(h.mean(0)), False, False),
         (lambda h: h + h.mean(0), True, False),
+        (lambda h: h - 0.5 * h.mean(0), True, False),  # a part of the mean, or more than it
+        (lambda h: h - h.mean(0) / 3, True, False),
+        (lambda h: h - h.sum(0), True, False),
+        (lambda h: h - h.sum(0) * (1 / 16), True, True),
+        (lambda h: (1 - h) - h.mean(0), True, False),
+        (lambda h: h.mean(0) - (h + 1), True, True),
+        (lambda h: (h**2).mean(0) - 2 * h.mean(0) ** 2 + 0 * h, True, False),
         (lambda h: h - h.mean(), True, False),  # over the features, too
         (lambda h: h - h.mean(1, keepdims=True), False, False),
         (lambda h: jax.nn.softmax(h, axis=1), False, False),
@@ -116,6 +123,36 @@ def test_what_mixes_rows(between, mixed, centred):
         told = found(lambda w, x: between(x @ w["w"]) @ w["v"], W, ROWS)
     assert told.mixed == ({"w"} if mixed else set())
     assert told.centred == ({"w"} if centred else set())
+
+
+@pytest.mark.parametrize(
+    "shaped",
+    [
+        lambda h, out: {"aux": h.mean(0), "out": out},
+        lambda h, out: {"attention": jnp.ones((8, 4, 4)) * h.mean(), "out": out},
+        lambda h, out: out.reshape(-1),
+        lambda h, out: out.reshape(-1, 1),
+        lambda h, out: (out**2).mean(),
+    ],
+)
+def test_rows_are_those_of_the_data_whatever_comes_out(shaped):
+    def normed(w, x):
+        h = x @ w["w"]
+        h = h - h.mean(0, keepdims=True)
+        return shaped(h, h @ w["v"])
+
+    assert found(normed, W, ROWS).mixed == {"w"}
+    assert found(normed, W, ROWS).centred == {"w"}
+
+
+@pytest.mark.filterwarnings("ignore:Nothing is sparse")
+def test_rows_of_another_argument_are_none_of_a_layer_without_them():
+    def classes(w, x, table):
+        return jax.nn.log_softmax((x @ w["w"]) @ table.T)
+
+    assert not found(classes, W, ROWS, jnp.ones((10, 64))).mixed
+    last = lambda w, series: jax.nn.softmax(series @ w["w"], axis=0)[-1] @ w["v"]  # time first, then examples
+    assert not found(last, W, jnp.ones((7, 16, 6))).mixed
 
 
 def test_a_loss_and_masked_rows_mix_nothing():
