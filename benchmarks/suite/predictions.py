@@ -18,7 +18,7 @@ from benchmarks.helpers.networks import CNN, LSTM, MLP, Transformer, loss_of
 from benchmarks.helpers.records import Row
 from benchmarks.helpers.timing import Timed, medians, training
 from benchmarks.suite.context import Context
-from msbp_jax.transform._estimate import StepEstimate, estimate_step
+from msbp_jax.transform._estimate import StepEstimate, estimate_step, with_update
 from msbp_jax.transform._plan import make_plan
 from msbp_jax.transform._program import Program, trace
 
@@ -125,7 +125,9 @@ def measure(context: Context) -> Iterator[Row]:
 def predicted(name: str, method: str, small: bool = False) -> StepEstimate:
     """Return what the model says of a network and a method."""
     network = (SMALL if small else NETWORKS)[name]
-    return estimate_step(program(network, methods()[method]), optimizer=OPTIMIZERS[network.optimizer])
+    traced = program(network, methods()[method])
+    params = traced.arguments[: len(traced.parameters)]
+    return with_update(estimate_step(traced), OPTIMIZERS[network.optimizer], params)
 
 
 def program(network: Network, method: Method) -> Program:

@@ -85,16 +85,14 @@ def estimate_step(
     program: Program,
     *,
     share: float | Mapping[str, float] | None = None,
-    optimizer: optax.GradientTransformation | None = None,
 ) -> StepEstimate:
-    """Return what a training step of a program is expected to take.
+    """Return what a training step of a program is expected to take, without its optimizer.
 
     Args:
       program: The traced call of a wrapped model.
       share: The share of rows or entries that is kept by methods that know it only when they run; None for what is
         drawn where the gradient enters, if that is known, and else for all of them. One for each site by its name, too;
         sites without one keep all.
-      optimizer: What updates the parameters; only its `init` is called, on shapes.
 
     Raises:
       ValueError: `share` is not in (0, 1], or a weight is sparse.
@@ -134,9 +132,34 @@ def estimate_step(
     return StepEstimate(
         forward=forward,
         rest=max(0.0, whole - forward - sum(layer.dense for layer in layers)),
-        optimizer=0.0 if optimizer is None else seconds(work_of_update(optimizer, _parameters(program))),
+        optimizer=0.0,
         layers=tuple(layers),
     )
+
+
+def with_update(step: StepEstimate, optimizer: optax.GradientTransformation, params: Any) -> StepEstimate:
+    """Return the step with its optimizer's update.
+
+    Args:
+      step: The step.
+      optimizer: What updates the parameters; only its `init` is called, on shapes.
+      params: The parameters, as their user has them: an optimizer may have masks or labels of the same structure.
+
+    Raises:
+      ValueError: The optimizer does not take these parameters.
+    """
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    trained = jax.tree.map(lambda leaf: leaf if _is_floating(leaf) else None, shapes)  # None is no leaf
+    failed: Exception | None = None
+    for given in (trained, shapes):  # a mask may have places for what is not trained, too
+        try:
+            return dataclasses.replace(step, optimizer=seconds(work_of_update(optimizer, given)))
+        except Exception as error:  # of the user's own functions, of any kind
+            failed = failed or error
+    raise ValueError(
+        f"optimizer.init must take the parameters of the model, and does not take these: {str(failed).splitlines()[:1]}. "
+        "Pass the optimizer that trains them, with masks or labels of their structure."
+    ) from failed
 
 
 def _is_layer(site: Site, use: Use) -> bool:
@@ -191,15 +214,3 @@ def _gradient_work(program: Program) -> Work:
 
 def _is_floating(aval: Any) -> bool:
     return jnp.issubdtype(aval.dtype, jnp.floating)
-
-
-def _parameters(program: Program) -> dict[str, Any]:
-    """Return shapes and dtypes of the parameters under their paths, in dicts as Flax has them."""
-    tree: dict[str, Any] = {}
-    for (path, _), aval in zip(program.parameters, program.jaxpr.in_avals, strict=False):
-        *folders, name = path.split("/")
-        at = tree
-        for folder in folders:
-            at = at.setdefault(folder, {})
-        at[name] = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-    return tree

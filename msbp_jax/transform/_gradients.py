@@ -46,9 +46,7 @@ def needed_gradients(program: Program) -> dict[Place, tuple[bool, bool]]:
       program: The program; its arguments may be shapes.
     """
     count = len(program.parameters)
-    arguments = [
-        _Flow(number < count and _has_gradient(var)) for number, var in enumerate(program.jaxpr.jaxpr.invars)
-    ]
+    arguments = [_Flow(number < count and _has_gradient(var)) for number, var in enumerate(program.jaxpr.jaxpr.invars)]
     walk = _Walk()
     reached = _union(walk.jaxpr(program.jaxpr, arguments, ())).through
     return {place: operands for place, operands in walk.operands.items() if place in reached}

@@ -92,7 +92,9 @@ def _scaled(marks: Marks, number: float, *, divided: bool) -> Marks:
     if number == 0 or not math.isfinite(number):
         return frozenset((site, OTHER) for site, _ in marks)
     by = 1 / number if divided else number
-    return frozenset((site, (how, factor * by) if how in ("sum", "squares") else OTHER) for site, (how, factor) in marks)
+    return frozenset(
+        (site, (how, factor * by) if how in ("sum", "squares") else OTHER) for site, (how, factor) in marks
+    )
 
 
 def _added(left: Marks, right: Marks, *, subtracted: bool) -> Marks:

@@ -12,7 +12,7 @@ from msbp_jax.kernels.choice.costs.coefficients import COEFFICIENTS
 from msbp_jax.kernels.choice.costs.work import joined
 from msbp_jax.rules._work import dense_work, forward_work, sparse_work
 from msbp_jax.transform import _estimate
-from msbp_jax.transform._estimate import LayerEstimate, StepEstimate, estimate_step
+from msbp_jax.transform._estimate import LayerEstimate, StepEstimate, estimate_step, with_update
 from msbp_jax.transform._gradients import needed_gradients
 from msbp_jax.transform._plan import make_plan
 from msbp_jax.transform._program import trace
@@ -34,8 +34,9 @@ X = jnp.ones((1024, 256))
 TOP_K = msbp.top_k(density=0.04, rows_per_group=32)
 
 
-def of_mlp(plan, **options):
-    return estimate_step(program(mlp, plan, WEIGHTS, X), **options)
+def of_mlp(plan, optimizer=None, **options):
+    step = estimate_step(program(mlp, plan, WEIGHTS, X), **options)
+    return step if optimizer is None else with_update(step, optimizer, WEIGHTS)
 
 
 @NATIVE
@@ -73,6 +74,11 @@ def test_an_optimizer_counts_by_what_it_keeps():
     assert 1.5 * plain < adam < 3 * plain
     masked = optax.masked(optax.adam(1e-3), {"first": True, "second": False, "last": False})
     assert plain < of_mlp(TOP_K, optimizer=masked).optimizer < adam
+    several = [WEIGHTS["first"], WEIGHTS["second"], jnp.ones(4, jnp.int8)]  # not of dicts, and not all is trained
+    for mask in ([True, False, None], [True, False, False]):
+        assert with_update(of_mlp(TOP_K), optax.masked(optax.adam(1e-3), mask), several).optimizer > 0
+    with pytest.raises(ValueError, match=r"optimizer.init must take the parameters of the model, and does not"):
+        with_update(of_mlp(TOP_K), masked, several)
 
 
 @NATIVE
