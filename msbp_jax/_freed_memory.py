@@ -25,7 +25,8 @@ def keep_freed_memory() -> bool:
 
     Returns:
       Whether it was done. False on other systems than Linux and with other C libraries than glibc, where nothing is
-      changed; and where glibc took some of the settings only. Another allocator in front of glibc's (`LD_PRELOAD`) does not hear of it, which cannot be told from here.
+      changed; and where glibc took some of the settings only. Another allocator in front of glibc's
+      (`LD_PRELOAD`) does not hear of it, which cannot be told from here.
 
     Example:
       >>> import msbp_jax as msbp

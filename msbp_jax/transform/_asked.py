@@ -78,7 +78,11 @@ def checked(target: Callable[..., Any], name: str, *, optimizer: object, share: 
 
 def _shown(value: object) -> str:
     """Return a value for a message: what is large by its type alone."""
-    return repr(value) if isinstance(value, bool | int | float | str | None) else f"a {type(value).__name__}"
+    return (
+        repr(value)
+        if isinstance(value, bool | int | float | str | None)
+        else f"an object of the type {type(value).__name__}"
+    )
 
 
 def _takes(target: Callable[..., Any], name: str) -> bool:

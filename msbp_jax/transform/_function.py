@@ -125,8 +125,8 @@ class SparseFunction:
         self,
         params: Any,
         *args: Any,
-        optimizer: optax.GradientTransformation | optax.MultiSteps | None | NotGiven = NOT_GIVEN,
-        share: float | None | NotGiven = NOT_GIVEN,
+        optimizer: optax.GradientTransformation | optax.MultiSteps | NotGiven | None = NOT_GIVEN,
+        share: float | NotGiven | None = NOT_GIVEN,
         measure: bool | NotGiven = NOT_GIVEN,
         **kwargs: Any,
     ) -> Report:
@@ -141,7 +141,8 @@ class SparseFunction:
           measure: Whether to time steps, plain and sparse, and variants of the plan, on this machine: some ten
             seconds, and compilation. Needs arrays.
           **kwargs: As in a call; ShapeDtypeStructs will do. `memory` too: its running means say how much is kept.
-            What the function itself calls `optimizer`, `share` or `measure` is to be passed by position; what it takes by **kwargs of its own does not reach it under these names.
+            What the function itself calls `optimizer`, `share` or `measure` is to be passed by position; by **kwargs it does not
+            get them.
 
         Raises:
           TypeError: A parameter is not a floating array; an option is of the wrong type, or also the name of an

@@ -165,8 +165,8 @@ class SparseModule:
         self,
         variables: Mapping[str, Any],
         *args: Any,
-        optimizer: optax.GradientTransformation | optax.MultiSteps | None | NotGiven = NOT_GIVEN,
-        share: float | None | NotGiven = NOT_GIVEN,
+        optimizer: optax.GradientTransformation | optax.MultiSteps | NotGiven | None = NOT_GIVEN,
+        share: float | NotGiven | None = NOT_GIVEN,
         measure: bool | NotGiven = NOT_GIVEN,
         **kwargs: Any,
     ) -> Report:
@@ -181,7 +181,8 @@ class SparseModule:
           measure: Whether to time steps, plain and sparse, and variants of the plan, on this machine: some ten
             seconds, and compilation. Needs arrays.
           **kwargs: As in `apply`; ShapeDtypeStructs will do. `memory` too: its running means say how much is kept.
-            What the module itself calls `optimizer`, `share` or `measure` is to be passed by position; what it takes by **kwargs of its own does not reach it under these names.
+            What the module itself calls `optimizer`, `share` or `measure` is to be passed by position; by **kwargs it does not
+            get them.
 
         Raises:
           TypeError: A parameter is not a floating array; an option is of the wrong type, or also the name of an

@@ -132,8 +132,8 @@ class SparseNNXModule(nnx.Module):
         self,
         *args: Any,
         method: str = "__call__",
-        optimizer: optax.GradientTransformation | optax.MultiSteps | None | NotGiven = NOT_GIVEN,
-        share: float | None | NotGiven = NOT_GIVEN,
+        optimizer: optax.GradientTransformation | optax.MultiSteps | NotGiven | None = NOT_GIVEN,
+        share: float | NotGiven | None = NOT_GIVEN,
         measure: bool | NotGiven = NOT_GIVEN,
         **kwargs: Any,
     ) -> Report:

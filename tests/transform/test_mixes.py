@@ -7,7 +7,10 @@ import optax
 import pytest
 
 import msbp_jax as msbp
+from msbp_jax.transform._estimate import LayerEstimate, StepEstimate
+from msbp_jax.transform._make_report import _mixed
 from msbp_jax.transform._mixes import find_mixing
+from msbp_jax.transform._shares import Shares
 
 X = jax.random.normal(jax.random.key(0), (16, 8, 8, 3))
 SKIP = {"@outputs": msbp.sample_rows(density=0.5), "*": msbp.skip_zero_rows()}
@@ -179,6 +182,19 @@ def test_the_report_says_what_is_idle_and_counts_nothing_as_skipped_there():
     report = alone.report(jnp.ones((6, 64)), ROWS)
     assert "That is all that is sparse: it saves nothing here, and a memory for it is idle." in " ".join(report.notes)
     assert dict(report.shares) == {"params": 1.0}
+
+
+def test_what_gains_below_a_norm_gains_by_native_kernels_and_is_told_so():
+    shares = Shares(
+        by_site={"a": 1.0, "b": 1.0}, entering=None, said="", mixed=("a", "b"), kept_by_rows=True, unused=""
+    )
+    layers = (LayerEstimate(name="a", dense=2.0, sparse=1.0), LayerEstimate(name="b", dense=1.0, sparse=1.0))
+    said = _mixed(shares, (), StepEstimate(forward=1.0, rest=1.0, optimizer=0.0, layers=layers))
+    assert (
+        "nothing is skipped. What a gains is the gain of native kernels with all images, which msbp.dense(nat" in said
+    )
+    assert said.endswith("; leave the others dense (msbp.dense()).")
+    assert "saves nothing" not in said
 
 
 def test_the_memory_of_one_choice_for_the_batch_stays_0_below_batch_norm():

@@ -1,4 +1,4 @@
-"""Expected times of work on GPUs and TPUs: operations and bytes over published rates, of which it reaches what `roofline` says."""
+"""Expected times of work on GPUs and TPUs: operations and bytes over the rates that `roofline` says are reached."""
 
 from __future__ import annotations
 
