@@ -158,7 +158,8 @@ def with_update(step: StepEstimate, optimizer: optax.GradientTransformation, par
             failed = failed or error
     raise ValueError(
         f"optimizer.init must take the parameters of the model, and does not take these "
-        f"({str(failed).split(chr(10))[0]}). Pass the optimizer that trains them, with masks or labels of their structure."
+        f"({str(failed).split(chr(10))[0]}). Pass the optimizer that trains them, with masks or "
+        "labels of their structure."
     ) from failed
 
 

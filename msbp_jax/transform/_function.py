@@ -141,8 +141,8 @@ class SparseFunction:
           measure: Whether to time steps, plain and sparse, and variants of the plan, on this machine: some ten
             seconds, and compilation. Needs arrays.
           **kwargs: As in a call; ShapeDtypeStructs will do. `memory` too: its running means say how much is kept.
-            What the function itself calls `optimizer`, `share` or `measure` is to be passed by position; by **kwargs it does not
-            get them.
+            What the function itself calls `optimizer`, `share` or `measure` is to be passed by position; by **kwargs it
+            does not get them.
 
         Raises:
           TypeError: A parameter is not a floating array; an option is of the wrong type, or also the name of an

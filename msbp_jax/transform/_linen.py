@@ -181,8 +181,8 @@ class SparseModule:
           measure: Whether to time steps, plain and sparse, and variants of the plan, on this machine: some ten
             seconds, and compilation. Needs arrays.
           **kwargs: As in `apply`; ShapeDtypeStructs will do. `memory` too: its running means say how much is kept.
-            What the module itself calls `optimizer`, `share` or `measure` is to be passed by position; by **kwargs it does not
-            get them.
+            What the module itself calls `optimizer`, `share` or `measure` is to be passed by position; by **kwargs it
+            does not get them.
 
         Raises:
           TypeError: A parameter is not a floating array; an option is of the wrong type, or also the name of an
