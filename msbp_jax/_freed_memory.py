@@ -24,8 +24,9 @@ def keep_freed_memory() -> bool:
     before JAX has run anything: threads that have heaps already keep these, and map their largest blocks as before.
 
     Returns:
-      Whether it was done. False on other systems than Linux and with other C libraries than glibc; nothing is changed
-      then. Another allocator in front of glibc's (`LD_PRELOAD`) does not hear of it, which cannot be told from here.
+      Whether it was done. False on other systems than Linux and with other C libraries than glibc, where nothing is
+      changed; and where glibc took some of the settings only. Another allocator in front of glibc's
+      (`LD_PRELOAD`) does not hear of it, which cannot be told from here.
 
     Example:
       >>> import msbp_jax as msbp

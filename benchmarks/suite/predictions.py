@@ -18,7 +18,7 @@ from benchmarks.helpers.networks import CNN, LSTM, MLP, Transformer, loss_of
 from benchmarks.helpers.records import Row
 from benchmarks.helpers.timing import Timed, medians, training
 from benchmarks.suite.context import Context
-from msbp_jax.transform._estimate import StepEstimate, estimate_step
+from msbp_jax.transform._estimate import StepEstimate, estimate_step, with_update
 from msbp_jax.transform._mixes import find_mixing
 from msbp_jax.transform._plan import make_plan
 from msbp_jax.transform._program import Program, trace
@@ -130,7 +130,8 @@ def predicted(name: str, method: str, small: bool = False) -> StepEstimate:
     traced = program(network, methods()[method])
     # As a report has it: below batch norm no row is left out.
     shares = find_shares(traced, None, None, find_mixing(traced).mixed)
-    return estimate_step(traced, share=shares.by_site, optimizer=OPTIMIZERS[network.optimizer])
+    params = traced.arguments[: len(traced.parameters)]
+    return with_update(estimate_step(traced, share=shares.by_site), OPTIMIZERS[network.optimizer], params)
 
 
 def program(network: Network, method: Method) -> Program:

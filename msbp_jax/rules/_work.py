@@ -33,6 +33,7 @@ class Use:
       operands: Shapes and dtypes of both.
       out: Shape and dtype of the result.
       of_inputs: Whether the gradient of the inputs is needed.
+      of_weight: Whether that of the weight is.
     """
 
     operation: Operation
@@ -40,6 +41,7 @@ class Use:
     operands: tuple[Any, Any]
     out: Any
     of_inputs: bool
+    of_weight: bool = True
 
     @property
     def dims(self) -> Dims:
@@ -126,7 +128,7 @@ def _products_work(use: Use, p: Format, backend: str | None, share: float, *, of
 
 def _wanted(use: Use, *, of_inputs: bool, of_weight: bool) -> Sequence[bool]:
     """Return which of the gradients of left and right operand are needed."""
-    of_inputs = of_inputs and use.of_inputs
+    of_inputs, of_weight = of_inputs and use.of_inputs, of_weight and use.of_weight
     return (of_weight, of_inputs) if use.side == "lhs" else (of_inputs, of_weight)
 
 

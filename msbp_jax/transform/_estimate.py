@@ -21,6 +21,8 @@ from msbp_jax.kernels.choice.costs.coefficients import seconds
 from msbp_jax.kernels.choice.costs.optimizers import work_of_update
 from msbp_jax.kernels.choice.costs.work import Work, work_of_run
 from msbp_jax.rules._work import Use, dense_work, entering_work, forward_work, sparse_work
+from msbp_jax.transform._discover import Place
+from msbp_jax.transform._gradients import needed_gradients
 from msbp_jax.transform._program import Program
 from msbp_jax.transform._sites import Site
 
@@ -83,16 +85,14 @@ def estimate_step(
     program: Program,
     *,
     share: float | Mapping[str, float] | None = None,
-    optimizer: optax.GradientTransformation | None = None,
 ) -> StepEstimate:
-    """Return what a training step of a program is expected to take.
+    """Return what a training step of a program is expected to take, without its optimizer.
 
     Args:
       program: The traced call of a wrapped model.
       share: The share of rows or entries that is kept by methods that know it only when they run; None for what is
         drawn where the gradient enters, if that is known, and else for all of them. One for each site by its name, too;
         sites without one keep all.
-      optimizer: What updates the parameters; only its `init` is called, on shapes.
 
     Raises:
       ValueError: `share` is not in (0, 1], or a weight is sparse.
@@ -118,38 +118,68 @@ def estimate_step(
     dense_of, forward_of = functools.cache(dense_work), functools.cache(forward_work)
     sparse_of = functools.cache(lambda use, sparsifier, kept: sparse_work(use, sparsifier, program.backend, kept))
     running = [site for site in program.sites if site.operation is not None and _NOT_RUN not in site.found.sealed]
-    for site in filter(_is_layer, running):
-        use = _use(site)
+    needed = needed_gradients(program)
+    for site in running:
+        use = _use(site, needed)
+        if not _is_layer(site, use):
+            continue
         dense = sparse = seconds(dense_of(use)) * _uses(site)
         if site.sparsifier is not None:
             sparse = seconds(sparse_of(use, site.sparsifier, by_site.get(site.name, kept))) * _uses(site)
         layers.append(LayerEstimate(name=site.name, dense=dense, sparse=sparse))
-    forward = sum(seconds(forward_of(_use(site))) * _uses(site) for site in running)
+    forward = sum(seconds(forward_of(_use(site, needed))) * _uses(site) for site in running)
     whole = seconds(_gradient_work(program))
     return StepEstimate(
         forward=forward,
         rest=max(0.0, whole - forward - sum(layer.dense for layer in layers)),
-        optimizer=0.0 if optimizer is None else seconds(work_of_update(optimizer, _parameters(program))),
+        optimizer=0.0,
         layers=tuple(layers),
     )
 
 
-def _is_layer(site: Site) -> bool:
+def with_update(step: StepEstimate, optimizer: optax.GradientTransformation, params: Any) -> StepEstimate:
+    """Return the step with its optimizer's update.
+
+    Args:
+      step: The step.
+      optimizer: What updates the parameters; only its `init` is called, on shapes.
+      params: The parameters, as their user has them: an optimizer may have masks or labels of the same structure.
+
+    Raises:
+      ValueError: The optimizer does not take these parameters.
+    """
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    trained = jax.tree.map(lambda leaf: leaf if _is_floating(leaf) else None, shapes)  # None is no leaf
+    failed: Exception | None = None
+    for given in (trained, shapes):  # a mask may have places for what is not trained, too
+        try:
+            return dataclasses.replace(step, optimizer=seconds(work_of_update(optimizer, given)))
+        except Exception as error:  # of the user's own functions, of any kind
+            failed = failed or error
+    raise ValueError(
+        f"optimizer.init must take the parameters of the model, and does not take these "
+        f"({str(failed).split(chr(10))[0]}). Pass the optimizer that trains them, with masks or "
+        "labels of their structure."
+    ) from failed
+
+
+def _is_layer(site: Site, use: Use) -> bool:
     """Whether a contraction has a backward of its own here: with a parameter, or one that the plan makes sparse."""
-    has_gradient = site.found.side is not None and jnp.issubdtype(site.found.out.dtype, jnp.floating)
-    return not site.is_empty and (has_gradient or site.sparsifier is not None)
+    named = site.found.side is not None or site.sparsifier is not None
+    return named and not site.is_empty and (use.of_inputs or use.of_weight)
 
 
-def _use(site: Site) -> Use:
+def _use(site: Site, needed: Mapping[Place, tuple[bool, bool]]) -> Use:
     assert site.operation is not None
     found = site.found
-    inputs = found.rhs_source if site.side == "lhs" else found.lhs_source
+    of_lhs, of_rhs = needed.get(found.place, (False, False))
     return Use(
         operation=site.operation,
         side=site.side,
         operands=(found.lhs, found.rhs),
         out=found.out,
-        of_inputs=bool(inputs.parameters),  # data itself has no gradient in a step
+        of_inputs=of_rhs if site.side == "lhs" else of_lhs,
+        of_weight=of_lhs if site.side == "lhs" else of_rhs,
     )
 
 
@@ -185,15 +215,3 @@ def _gradient_work(program: Program) -> Work:
 
 def _is_floating(aval: Any) -> bool:
     return jnp.issubdtype(aval.dtype, jnp.floating)
-
-
-def _parameters(program: Program) -> dict[str, Any]:
-    """Return shapes and dtypes of the parameters under their paths, in dicts as Flax has them."""
-    tree: dict[str, Any] = {}
-    for (path, _), aval in zip(program.parameters, program.jaxpr.in_avals, strict=False):
-        *folders, name = path.split("/")
-        at = tree
-        for folder in folders:
-            at = at.setdefault(folder, {})
-        at[name] = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-    return tree

@@ -12,7 +12,8 @@ import optax
 from msbp_jax import _compat
 from msbp_jax.carriers import Carried, opened, with_memory, without_memory
 from msbp_jax.sparsifiers._base import State
-from msbp_jax.transform._make_report import Asked, make_report
+from msbp_jax.transform._asked import NOT_GIVEN, Asked, NotGiven, checked
+from msbp_jax.transform._make_report import make_report
 from msbp_jax.transform._plan import Plan
 from msbp_jax.transform._program import Program, trace
 from msbp_jax.transform._report import Report
@@ -124,9 +125,9 @@ class SparseFunction:
         self,
         params: Any,
         *args: Any,
-        optimizer: optax.GradientTransformation | None = None,
-        share: float | None = None,
-        measure: bool = False,
+        optimizer: optax.GradientTransformation | optax.MultiSteps | NotGiven | None = NOT_GIVEN,
+        share: float | NotGiven | None = NOT_GIVEN,
+        measure: bool | NotGiven = NOT_GIVEN,
         **kwargs: Any,
     ) -> Report:
         """Return what a step is expected to gain, what is sparse, and what stays dense, and why; `print` it.
@@ -140,7 +141,8 @@ class SparseFunction:
           measure: Whether to time steps, plain and sparse, and variants of the plan, on this machine: some ten
             seconds, and compilation. Needs arrays.
           **kwargs: As in a call; ShapeDtypeStructs will do. `memory` too: its running means say how much is kept.
-            What the function itself calls `optimizer`, `share` or `measure` is to be passed by position.
+            What the function itself calls `optimizer`, `share` or `measure` is to be passed by position; by **kwargs it
+            does not get them.
 
         Raises:
           TypeError: A parameter is not a floating array; an option is of the wrong type, or also the name of an
@@ -148,7 +150,7 @@ class SparseFunction:
           ValueError: There are no parameters, no contraction with one, or a pattern of the plan matches nothing;
             `share` is out of range; steps are to be timed, and arguments are shapes.
         """
-        asked = Asked(optimizer=optimizer, share=share, measure=measure).checked(self.function, self._name())
+        asked = checked(self.function, self._name(), optimizer=optimizer, share=share, measure=measure)
         memory = kwargs.pop(self._memory_name, None)
         params, carried = _without_memory(params)
         return self.described(params, args, kwargs, asked, memory if carried is None else carried)

@@ -13,8 +13,8 @@ from flax.core.scope import Scope
 from msbp_jax import _compat
 from msbp_jax.carriers import OVERWRITE_WITH_GRADIENT, Carried, with_memory, without_memory
 from msbp_jax.sparsifiers._base import State
+from msbp_jax.transform._asked import NOT_GIVEN, NotGiven, checked
 from msbp_jax.transform._function import SparseFunction, given_twice
-from msbp_jax.transform._make_report import Asked
 from msbp_jax.transform._plan import Plan
 from msbp_jax.transform._report import Report
 
@@ -165,9 +165,9 @@ class SparseModule:
         self,
         variables: Mapping[str, Any],
         *args: Any,
-        optimizer: optax.GradientTransformation | None = None,
-        share: float | None = None,
-        measure: bool = False,
+        optimizer: optax.GradientTransformation | optax.MultiSteps | NotGiven | None = NOT_GIVEN,
+        share: float | NotGiven | None = NOT_GIVEN,
+        measure: bool | NotGiven = NOT_GIVEN,
         **kwargs: Any,
     ) -> Report:
         """Return what a step is expected to gain, what is sparse, and what stays dense, and why; `print` it.
@@ -181,7 +181,8 @@ class SparseModule:
           measure: Whether to time steps, plain and sparse, and variants of the plan, on this machine: some ten
             seconds, and compilation. Needs arrays.
           **kwargs: As in `apply`; ShapeDtypeStructs will do. `memory` too: its running means say how much is kept.
-            What the module itself calls `optimizer`, `share` or `measure` is to be passed by position.
+            What the module itself calls `optimizer`, `share` or `measure` is to be passed by position; by **kwargs it
+            does not get them.
 
         Raises:
           TypeError: A parameter is not a floating array; an option is of the wrong type, or also the name of an
@@ -189,8 +190,8 @@ class SparseModule:
           ValueError: `variables` have no parameters, or a pattern of the plan matches nothing; `share` is out of
             range; steps are to be timed, and arguments are shapes.
         """
-        asked = Asked(optimizer=optimizer, share=share, measure=measure)
-        asked = asked.checked(_called(self.module, kwargs.get("method")), type(self.module).__name__)
+        target, name = _called(self.module, kwargs.get("method")), type(self.module).__name__
+        asked = checked(target, name, optimizer=optimizer, share=share, measure=measure)
         params, others, carried = _split(variables)
         memory = kwargs.pop(self._memory_name, None)
         call = others, args, _traced(kwargs)

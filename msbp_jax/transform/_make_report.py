@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
-import optax
-
-from msbp_jax import _checks
 from msbp_jax.kernels.choice.advice import note
 from msbp_jax.memory import MemorizedState
 from msbp_jax.rules import SparseProduct
-from msbp_jax.transform._estimate import StepEstimate, estimate_step
+from msbp_jax.transform._asked import Asked
+from msbp_jax.transform._estimate import StepEstimate, estimate_step, with_update
 from msbp_jax.transform._measure import measure as measure_steps
 from msbp_jax.transform._mixes import find_mixing
 from msbp_jax.transform._program import Program
@@ -23,49 +20,6 @@ from msbp_jax.transform._report_rows import dense_row, entering, sparse_row
 from msbp_jax.transform._shares import Shares, find_shares
 from msbp_jax.transform._sites import Site
 from msbp_jax.transform._sparse_uses import WeightRow, describe, find_uses
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """What is asked of a report besides what is sparse.
-
-    Attributes:
-      optimizer: Whose update belongs to a step; None to leave it out.
-      share: Share of the rows or entries that is kept where only the run tells, in (0, 1]; None if it is not given.
-      measure: Whether steps are timed.
-    """
-
-    optimizer: optax.GradientTransformation | None = None
-    share: float | None = None
-    measure: bool = False
-
-    def checked(self, target: Callable[..., Any], name: str) -> Asked:
-        """Return it checked.
-
-        Args:
-          target: What was wrapped, as it is called.
-          name: Its name.
-
-        Raises:
-          TypeError: A value of the wrong type, or the target has an argument of the same name itself.
-          ValueError: `share` is out of range.
-        """
-        given = {"optimizer": self.optimizer, "share": self.share, "measure": self.measure or None}
-        for asked, value in given.items():
-            if value is not None and _takes(target, asked):
-                raise TypeError(
-                    f"report takes {asked}= for itself, and {name} has an argument {asked!r} too, so that it is not "
-                    f"clear which is meant by {asked}={value!r}. Pass the model's by position, or wrap a function that "
-                    "calls it by another name."
-                )
-        if self.optimizer is not None and not isinstance(self.optimizer, optax.GradientTransformation):
-            raise TypeError(f"optimizer must be one of Optax, such as optax.adam(1e-3), got {self.optimizer!r}.")
-        if not isinstance(self.measure, bool):
-            raise TypeError(f"measure must be True or False, got {self.measure!r}.")
-        if self.share is None:
-            return self
-        meaning = "share of the rows or entries that is kept where only the run tells"
-        return dataclasses.replace(self, share=_checks.fraction("share", self.share, zero=False, meaning=meaning))
 
 
 def make_report(program: Program, params: Any, asked: Asked, memory: Mapping[str, Any] | None) -> Report:
@@ -78,21 +32,26 @@ def make_report(program: Program, params: Any, asked: Asked, memory: Mapping[str
       memory: To read densities from; None for none.
 
     Raises:
+      TypeError: The optimizer's update needs more than gradients, state, parameters and a loss, and is to be measured.
       ValueError: A pattern of the plan matches nothing, or can never apply; steps are to be measured, and arguments are
-        shapes.
+        shapes; the optimizer does not take the parameters.
     """
     program.check_plan()
     sites, weights = _with_weights(program)
     mixing = find_mixing(program)
     shares = find_shares(program, asked.share, memory, mixing.mixed)
     sparse = tuple(sparse_row(site, program.backend) for site in sites if site.sparsifier is not None)
-    expected, unexpected = _expected(program, shares, asked.optimizer)
+    expected, unexpected = _expected(program, shares, measured=asked.measure)
+    if expected is not None and asked.optimizer is not None:
+        expected = with_update(expected, asked.optimizer, params)
     measured = None
     if asked.measure:
         costs = {} if expected is None else {layer.name: layer.sparse for layer in expected.layers}
         dearest = sorted((row.name for row in sparse), key=lambda name: -costs.get(name, 0.0))
         entered = shares.entering if shares.kept_by_rows else None
         measured = measure_steps(program, params, optimizer=asked.optimizer, share=entered, dearest=dearest)
+        measured = dataclasses.replace(measured, at=shares.said if shares.kept_by_rows else "")
+    notes = (shares.unused, _mixed(shares, sparse, expected), _idle(program, mixing.centred), note())
     return Report(
         entering=entering(program.outputs, sparse),
         sparse=sparse,
@@ -104,7 +63,7 @@ def make_report(program: Program, params: Any, asked: Asked, memory: Mapping[str
         density=shares.said,
         shares=tuple(shares.by_site.items()),
         measured=measured,
-        notes=tuple(text for text in (_mixed(shares, sparse), _idle(program, mixing.centred), note()) if text),
+        notes=tuple(text for text in notes if text),
     )
 
 
@@ -137,26 +96,33 @@ def _saved(sites: list[Site], sparse: tuple[SparseRow, ...], weights: list[Weigh
     return sum(row.saved * work[row.name] for row in sparse) / max(1, sum(work.values()))
 
 
-def _expected(
-    program: Program, shares: Shares, optimizer: optax.GradientTransformation | None
-) -> tuple[StepEstimate | None, str]:
+def _expected(program: Program, shares: Shares, *, measured: bool) -> tuple[StepEstimate | None, str]:
     """Return what a step is expected to take, each layer at its own share, or why that is not known."""
     if program.weights:
-        return None, "there is no model of it with sparse weights; measure=True times it"
+        instead = "" if measured else "; measure=True times it"
+        return None, f"there is no model of it with sparse weights{instead}"
     try:
-        return estimate_step(program, share=shares.by_site, optimizer=optimizer), ""
+        return estimate_step(program, share=shares.by_site), ""
     except (NotImplementedError, TypeError, ValueError) as error:  # a report is not to fail where a derivative would
         return None, f"its gradient cannot be traced ({str(error).splitlines()[0].rstrip('.')})"
 
 
-def _mixed(shares: Shares, sparse: tuple[SparseRow, ...]) -> str:
-    """Say where nothing is skipped, as a norm over the batch mixes the rows."""
+def _mixed(shares: Shares, sparse: tuple[SparseRow, ...], expected: StepEstimate | None) -> str:
+    """Say where nothing is skipped, as a norm over the batch mixes the rows; some may gain all the same."""
     if not shares.mixed:
         return ""
     text = (
         f"{', '.join(shares.mixed)}: below a norm over the batch, which mixes the rows, so that none of the gradient "
         "is 0 and nothing is skipped"
     )
+    layers = () if expected is None else expected.layers
+    faster = [layer.name for layer in layers if layer.name in shares.mixed and round(layer.speed_up, 2) > 1]
+    if faster:
+        others = "" if len(faster) == len(shares.mixed) else "; leave the others dense (msbp.dense())"
+        return (
+            f"{text}. What {', '.join(faster)} {'gains' if len(faster) == 1 else 'gain'} is the gain of native kernels "
+            f"with all images, which msbp.dense(native=True) has without a search for rows{others}."
+        )
     if {row.name for row in sparse} == set(shares.mixed):
         return f"{text}. That is all that is sparse: it saves nothing here, and a memory for it is idle."
     return f"{text}; leave them dense (msbp.dense())."
@@ -178,12 +144,3 @@ def _remembers_a_mean(site: Site) -> bool:
     state = site.abstract_state
     mean = isinstance(state, MemorizedState) and len(state.residual.shape) == 1 + len(site.instances)
     return mean and abstract_result(site).columns_are_shared
-
-
-def _takes(target: Callable[..., Any], name: str) -> bool:
-    """Whether a callable has an argument of that name, which could be passed by it."""
-    try:
-        found = inspect.signature(target).parameters.get(name)
-    except (TypeError, ValueError):  # built in
-        return False
-    return found is not None and found.kind in (found.POSITIONAL_OR_KEYWORD, found.KEYWORD_ONLY)

@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from msbp_jax import _compat
 from msbp_jax.kernels.choice import target
 from msbp_jax.sparsifiers._regroup import group_of, regrouped
 from msbp_jax.transform._program import Program
@@ -40,6 +42,7 @@ class Measured:
       not_tried: Variants for which the time did not suffice.
       rounds: How many times each was timed.
       device: On what.
+      at: Which share of the gradient's rows was not 0, in words that follow "Measured"; "" for all that it has.
     """
 
     plain: float
@@ -49,6 +52,7 @@ class Measured:
     not_tried: tuple[str, ...]
     rounds: int
     device: str
+    at: str = ""
 
     @property
     def speed_up(self) -> float:
@@ -69,8 +73,8 @@ class Measured:
 
     @property
     def train_dense(self) -> bool:
-        """Whether nothing that was tried is faster than the dense step."""
-        return self.plain <= min([self.sparse, *(took for _, took in (*self.groups, *self.left_dense))])
+        """Whether nothing that was tried is faster than the dense step, by more than noise."""
+        return (1 - TELLING) * self.plain <= min([self.sparse, *(took for _, took in (*self.groups, *self.left_dense))])
 
 
 def measure(
@@ -91,9 +95,11 @@ def measure(
       dearest: The sparse sites, that with the largest cost first.
 
     Raises:
-      ValueError: Arguments are shapes, or traced.
+      TypeError: The optimizer's update needs more than gradients, state, parameters and a loss.
+      ValueError: Arguments are shapes, or traced; or it is called inside of jit.
     """
-    if not all(map(is_concrete, jax.tree.leaves(program.arguments))):
+    inside = isinstance(jnp.zeros(()), _compat.Tracer)  # under jit, even where all arguments are closed over
+    if inside or not all(map(is_concrete, jax.tree.leaves(program.arguments))):
         raise ValueError(
             "report(measure=True) runs training steps, and needs arrays in all arguments, got shapes or tracers. Pass "
             "arrays, outside of jit, or leave measure= out: what is expected needs shapes alone."

@@ -72,24 +72,20 @@ class Mixing:
     centred: frozenset[str]
 
 
-def mixes_rows(program: Program) -> set[str]:
-    """Return the names of the sites whose gradient has no zero rows, as a norm over rows stands above them.
-
-    Args:
-      program: The program; its arguments may be shapes.
-    """
-    return set(find_mixing(program).mixed)
-
-
 def find_mixing(program: Program) -> Mixing:
     """Return what norms over the batch do to the gradients of a program's sites.
 
     Args:
       program: The program; its arguments may be shapes.
     """
-    rows = _rows(program)
-    if rows is None:
-        return Mixing(frozenset(), frozenset())
+    told = [_mixing_of(program, rows) for rows in _row_counts(program)]
+    mixed: frozenset[str] = frozenset().union(*(one.mixed for one in told))
+    shifted = {name for one in told for name in one.mixed - one.centred}
+    return Mixing(mixed, mixed - shifted)
+
+
+def _mixing_of(program: Program, rows: int) -> Mixing:
+    """Return what norms over so many rows do: those of the arguments that have as many."""
     states = len(program.parameters) + program.states
     arguments = [
         _Array(axis=0 if number >= states and _compat.shape_of(var).shape[:1] == (rows,) else NO_AXIS)
@@ -103,13 +99,19 @@ def find_mixing(program: Program) -> Mixing:
     return Mixing(mixed, mixed - shifted)
 
 
-def _rows(program: Program) -> int | None:
-    """Return how many rows enter; None where that is unknown, or one alone."""
-    results = [aval for aval, yes in zip(program.jaxpr.out_avals, program.is_output, strict=True) if yes]
-    data = program.jaxpr.in_avals[len(program.parameters) + program.states :]
-    # A function that returns its loss has no rows there, but its first argument should.
-    sizes = [aval.shape[0] for aval in (*results, *data) if aval.shape]
-    return sizes[0] if sizes and not _compat.is_symbolic(sizes[0]) and sizes[0] > 1 else None
+def _row_counts(program: Program) -> list[int]:
+    """Return how many rows enter; several where arguments differ, none where that is unknown, or one alone.
+
+    They are those of the arguments that some output has as well. No output need have them: a loss, a flattened result
+    or a mean of features has others. But an output as long as another axis of an argument may have its rows there.
+    """
+    outputs = [aval for aval, yes in zip(program.jaxpr.out_avals, program.is_output, strict=True) if yes]
+    data = [aval.shape for aval in program.jaxpr.in_avals[len(program.parameters) + program.states :] if aval.shape]
+    known = lambda size: not _compat.is_symbolic(size) and size > 1
+    sizes = list(dict.fromkeys(shape[0] for shape in data if known(shape[0])))
+    others = {size for shape in data for size in shape[1:] if known(size)}
+    leading = {aval.shape[0] for aval in outputs if aval.shape and known(aval.shape[0])}
+    return [size for size in sizes if size in leading] or ([] if leading & others else sizes)
 
 
 class _Walk:
@@ -167,7 +169,8 @@ class _Walk:
             found = dataclasses.replace(found, in_sums=frozenset(), mixed=found.mixed | found.in_sums)
         shifts = marked(eqn, [array.shifts for array in inputs], sums_rows=sums_rows, features=self.features)
         if (name := self.names.get(place)) is not None:
-            found = dataclasses.replace(found, by_row=found.by_row | {name}, of_sites=True)
+            rows_of = found.by_row if axis in (NO_AXIS, LOST) else found.by_row | {name}  # its result may have none
+            found = dataclasses.replace(found, by_row=rows_of, of_sites=True)
             shifts |= {(name, VALUE)}
         return dataclasses.replace(found, axis=axis, shifts=shifts)
 

@@ -20,8 +20,8 @@ from flax import nnx
 from msbp_jax import _compat
 from msbp_jax.carriers import Marked, is_marked
 from msbp_jax.sparsifiers._base import State
+from msbp_jax.transform._asked import NOT_GIVEN, NotGiven, checked
 from msbp_jax.transform._function import SparseFunction
-from msbp_jax.transform._make_report import Asked
 from msbp_jax.transform._plan import Plan
 from msbp_jax.transform._report import Report
 
@@ -132,9 +132,9 @@ class SparseNNXModule(nnx.Module):
         self,
         *args: Any,
         method: str = "__call__",
-        optimizer: optax.GradientTransformation | None = None,
-        share: float | None = None,
-        measure: bool = False,
+        optimizer: optax.GradientTransformation | optax.MultiSteps | NotGiven | None = NOT_GIVEN,
+        share: float | NotGiven | None = NOT_GIVEN,
+        measure: bool | NotGiven = NOT_GIVEN,
         **kwargs: Any,
     ) -> Report:
         """Return what a step is expected to gain, what is sparse, and what stays dense, and why; `print` it.
@@ -148,15 +148,16 @@ class SparseNNXModule(nnx.Module):
           measure: Whether to time steps, plain and sparse, and variants of the plan, on this machine: some ten
             seconds, and compilation. Needs arrays.
           **kwargs: As in a call; ShapeDtypeStructs will do. What the module itself calls `optimizer`, `share` or
-            `measure` is to be passed by position.
+            `measure` is to be passed by position; what it takes by **kwargs of its own does not reach it under these
+            names.
 
         Raises:
           TypeError: An option is of the wrong type, or also the name of an argument of the module.
           ValueError: There is no contraction with a parameter, or a pattern of the plan matches nothing; `share` is out
             of range; steps are to be timed, and arguments are shapes.
         """
-        asked = Asked(optimizer=optimizer, share=share, measure=measure)
-        asked = asked.checked(getattr(self.module, method, self.module), type(self.module).__name__)
+        target, name = getattr(self.module, method, self.module), type(self.module).__name__
+        asked = checked(target, name, optimizer=optimizer, share=share, measure=measure)
         call = _Call(self.module, args, kwargs, method)
         memory = None if self.memory is None else {name: state.get_value() for name, state in self.memory.items()}
         with nnx.update_context(_TAG), self._explained(args):

@@ -33,7 +33,7 @@ class SparseRow:
       backend: Backend that will run.
       saved: Share of the backward's multiply-adds that is saved.
       skips: What is left out besides, as only the run tells: "rows", "entries", or "" for nothing.
-      instances: How many memories it has (stacked layers).
+      instances: How many layers it is (stacked by a scan, members of a batch), each with a memory if it has one.
       warning: Why it will probably be slower than dense ("" if not).
     """
 

@@ -36,7 +36,7 @@ def to_html(report: Report) -> str:
 
 _SPARSE = (
     *("layer", "backward", "ms", "dense ms", "saved", "backend"),
-    *("contraction", "sparsifier", "keeps", "rows/group", "memories", ""),
+    *("contraction", "sparsifier", "keeps", "rows/group", "layers", ""),
 )
 
 

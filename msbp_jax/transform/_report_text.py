@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from msbp_jax.transform._report_words import headline, measured_words, ms, ratio, saved_words, skipped_words
 
 if TYPE_CHECKING:
-    from msbp_jax.transform._report import Report
+    from msbp_jax.transform._report import Report, SparseRow
 
 WIDTH = 80
 _NAMES = 40  # a longer name has a line of its own
+_CELL = 9  # and a space before it
 
 
 def to_text(report: Report) -> str:
@@ -41,11 +42,17 @@ def _sparse(report: Report) -> Iterator[str]:
     for row in report.sparse:
         layer = report.layers.get(row.name)
         times = ("-", "-", "-") if layer is None else (ratio(layer.speed_up), ms(layer.sparse), ms(layer.dense))
-        yield _row(row.name, (*times, f"by {row.skips}" if row.skips else f"{row.saved:.1%}"))
+        yield _row(row.name, (*times, _saved(row)))
         group = "None" if row.one_group else row.rows_per_group
         groups = "" if group is None else f", rows/group {group}"
-        memories = "" if row.instances == 1 else f", {row.instances} memories"
+        memories = "" if row.instances == 1 else f", {row.instances} layers"
         yield _below(f"{row.backend}; {row.contraction}; {row.sparsifier}; keeps {row.keeps}{groups}{memories}")
+
+
+def _saved(row: SparseRow) -> str:
+    """Return what a layer saves; a word where only the run tells, and a short one where that is too long."""
+    by = f"by {row.skips}"
+    return f"{row.saved:.1%}" if not row.skips else by if len(by) <= _CELL else "at run"
 
 
 def _weights(report: Report) -> Iterator[str]:
@@ -68,7 +75,7 @@ def _dense(report: Report) -> Iterator[str]:
 def _row(name: str, numbers: Sequence[str]) -> str:
     """Return the first line of a row; a name that does not fit has it for itself."""
     first = f"{name:<{_NAMES}}" if len(name) <= _NAMES else f"{name}\n{'':<{_NAMES}}"
-    return first + "".join(f"{number:>10}" for number in numbers)
+    return first + "".join(f" {number:>{_CELL}}" for number in numbers)
 
 
 def _below(text: str) -> str:

@@ -15,6 +15,7 @@ from msbp_jax.sparsifiers._metrics import metrics_of
 from msbp_jax.transform._plan import OUTPUTS
 from msbp_jax.transform._program import Program
 from msbp_jax.transform._remembers import Remembers, abstract_result
+from msbp_jax.transform._report_words import WHILE_NOTHING
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,7 @@ class Shares:
       said: Where they come from, in words that follow "Expected"; "" if shapes tell all.
       mixed: Sites that skip rows, but have none that are 0, as a norm over the batch mixes them.
       kept_by_rows: Whether some site skips rows that come in as 0, and no draw says how many.
+      unused: Why a share that was given is of no use, "" if it is of some, or none was given.
     """
 
     by_site: dict[str, float]
@@ -34,6 +36,7 @@ class Shares:
     said: str
     mixed: tuple[str, ...]
     kept_by_rows: bool
+    unused: str
 
 
 def find_shares(
@@ -54,17 +57,20 @@ def find_shares(
     skips = {name for name, p in dynamic.items() if any(q.skips == "rows" and not _is_known(q) for q in p.parts)}
     mixed = tuple(name for name in dynamic if name in above and name in skips and not own[name])
     known = _known_entering(program)
-    entering = share if share is not None else told.get(OUTPUTS, known)
+    drawn = None if known is None else told.get(OUTPUTS, known)  # a share that is given cannot change it
+    entering = drawn if drawn is not None else share if share is not None else told.get(OUTPUTS)
     by_site = {}
     for name in dynamic:
-        found = share if share is not None else told.get(name) if own[name] else entering
+        found = entering if not own[name] else share if share is not None else told.get(name)
         by_site[name] = 1.0 if name in mixed or found is None else found
+    needed = any(own[name] or known is None for name in dynamic if name not in mixed)
     return Shares(
         by_site=by_site,
         entering=entering,
-        said=_said(program, by_site, share, told, known),
+        said="" if len(mixed) == len(by_site) else _said(by_site, share if needed else None, told, known),
         mixed=mixed,
         kept_by_rows=bool(skips) and known is None,
+        unused="" if share is None or needed or mixed else _unused(share, known if dynamic else None),
     )
 
 
@@ -104,17 +110,18 @@ def _known_entering(program: Program) -> float | None:
     return abstract_result(outputs).kept_share()
 
 
-def _said(
-    program: Program, by_site: dict[str, float], share: float | None, told: dict[str, float], known: float | None
-) -> str:
-    if not by_site:
-        return ""
+def _unused(share: float, known: float | None) -> str:
+    instead = "shapes tell what is kept" if known is None else f'"{OUTPUTS}" draws {known:.2g} of the rows, exactly'
+    return f"share={share:.2g} is of no use here: {instead}."
+
+
+def _said(by_site: dict[str, float], share: float | None, told: dict[str, float], known: float | None) -> str:
     if share is not None:
         return f"with a share of {share:.2g} kept"
     read = sorted({told[name] for name in (*by_site, OUTPUTS) if name in told})
     if read:
         several = f"{read[0]:.2g} to {read[-1]:.2g}" if f"{read[0]:.2g}" != f"{read[-1]:.2g}" else f"{read[0]:.2g}"
         return f"at the density of the memory, {several}"
-    if known is not None and program.outputs is not None:
-        return f"with {known:.2g} of the rows kept, as {OUTPUTS!r} says".replace("'", '"')
-    return "while nothing is left out"
+    if known is not None:
+        return f'with {known:.2g} of the rows kept, as "{OUTPUTS}" says'
+    return WHILE_NOTHING

@@ -94,12 +94,32 @@ def make_step(
         outputs, pull_back, others = jax.vjp(forward, trained, memory, has_aux=True)
         grads, renewed = pull_back(list(cotangents.values()))
         if optimizer is not None:
-            updates, opt_state = optimizer.update(grads, opt_state, trained)
+            updates, opt_state = _update(optimizer, grads, opt_state, trained, outputs, cotangents)
             grads = optax.apply_updates(trained, updates)
         return outputs, others, grads, renewed, opt_state
 
     opt_state = None if optimizer is None else optimizer.init(trained)
     return Step(run, (trained, carried.tree, opt_state, fixed, data))
+
+
+def _update(
+    optimizer: optax.GradientTransformation,
+    grads: Any,
+    opt_state: Any,
+    trained: Any,
+    outputs: list[Any],
+    cotangents: dict[int, jax.Array],
+) -> Any:
+    """Return an optimizer's updates and state; one that asks for the loss gets that whose gradient this is."""
+    pairs = zip(outputs, cotangents.values(), strict=True)
+    loss = sum((jnp.sum(out * g).real.astype(jnp.float32) for out, g in pairs), start=jnp.float32(0))
+    try:
+        return optax.with_extra_args_support(optimizer).update(grads, opt_state, trained, value=loss)
+    except TypeError as error:
+        raise TypeError(
+            "report(measure=True) calls optimizer.update(grads, state, params, value=loss), and this optimizer needs "
+            f"something else: {error}. Measure with one that does not, such as the first of the chain."
+        ) from error
 
 
 def _filled(weight: Any, value: Any) -> Any:

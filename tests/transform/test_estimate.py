@@ -12,7 +12,8 @@ from msbp_jax.kernels.choice.costs.coefficients import COEFFICIENTS
 from msbp_jax.kernels.choice.costs.work import joined
 from msbp_jax.rules._work import dense_work, forward_work, sparse_work
 from msbp_jax.transform import _estimate
-from msbp_jax.transform._estimate import LayerEstimate, StepEstimate, estimate_step
+from msbp_jax.transform._estimate import LayerEstimate, StepEstimate, estimate_step, with_update
+from msbp_jax.transform._gradients import needed_gradients
 from msbp_jax.transform._plan import make_plan
 from msbp_jax.transform._program import trace
 
@@ -33,8 +34,9 @@ X = jnp.ones((1024, 256))
 TOP_K = msbp.top_k(density=0.04, rows_per_group=32)
 
 
-def of_mlp(plan, **options):
-    return estimate_step(program(mlp, plan, WEIGHTS, X), **options)
+def of_mlp(plan, optimizer=None, **options):
+    step = estimate_step(program(mlp, plan, WEIGHTS, X), **options)
+    return step if optimizer is None else with_update(step, optimizer, WEIGHTS)
 
 
 @NATIVE
@@ -72,6 +74,11 @@ def test_an_optimizer_counts_by_what_it_keeps():
     assert 1.5 * plain < adam < 3 * plain
     masked = optax.masked(optax.adam(1e-3), {"first": True, "second": False, "last": False})
     assert plain < of_mlp(TOP_K, optimizer=masked).optimizer < adam
+    several = [WEIGHTS["first"], WEIGHTS["second"], jnp.ones(4, jnp.int8)]  # not of dicts, and not all is trained
+    for mask in ([True, False, None], [True, False, False]):
+        assert with_update(of_mlp(TOP_K), optax.masked(optax.adam(1e-3), mask), several).optimizer > 0
+    with pytest.raises(ValueError, match=r"optimizer.init must take the parameters of the model, and does not"):
+        with_update(of_mlp(TOP_K), masked, several)
 
 
 @NATIVE
@@ -154,7 +161,8 @@ def test_whatever_a_program_holds(recwarn):
     step = estimate_step(traced)
     assert step.rest > 0
     assert {layer.name.split("/")[0] for layer in step.layers} >= {"Conv_0", "Conv_1", "MultiHeadDotProductAttention_0"}
-    uses = [_estimate._use(site) for site in traced.sparse_sites]
+    needed = needed_gradients(traced)
+    uses = [_estimate._use(site, needed) for site in traced.sparse_sites]
     works = [_estimate._gradient_work(traced)]
     for site, use in zip(traced.sparse_sites, uses, strict=True):
         works += [forward_work(use), dense_work(use), sparse_work(use, site.sparsifier, None, 1.0)]
@@ -182,3 +190,48 @@ def test_on_an_accelerator_the_roofline_tells(monkeypatch):
     assert step.plain < cpu.plain / 10
     assert step.layers[0].dense == step.layers[0].sparse
     assert step.layers[1].dense != step.layers[1].sparse
+
+
+FROZEN = {"w": jnp.ones((512, 512)), "v": jnp.ones((512, 512))}
+
+
+def of_two(frozen, params=FROZEN, plan=TOP_K):
+    function = lambda p, x: jnp.tanh(x @ frozen(p["w"])) @ p["v"]
+    return estimate_step(program(function, plan, params, jax.ShapeDtypeStruct((128, 512), jnp.float32)))
+
+
+def test_weights_without_a_gradient_have_no_backward():
+    trained, stopped = of_two(lambda w: w), of_two(jax.lax.stop_gradient)
+    int8 = of_two(lambda w: w.astype(jnp.float32) * 0.01, {**FROZEN, "w": jax.ShapeDtypeStruct((512, 512), jnp.int8)})
+    layers = {layer.name: layer for layer in trained.layers}
+    for frozen in (stopped, int8):
+        (layer,) = frozen.layers
+        assert layer.name == "v"
+        assert layer.dense == pytest.approx(layers["v"].dense / 2, rel=0.2)  # tanh(..) needs none
+        assert layer.sparse < layers["v"].sparse
+        assert frozen.rest > trained.rest / 3  # and no negative rest that hides it
+    assert stopped.plain < trained.plain - layers["w"].dense
+
+
+def test_a_frozen_weight_above_a_trained_one_hands_the_gradient_on():
+    frozen_last = lambda p, x: jnp.tanh(x @ p["w"]) @ jax.lax.stop_gradient(p["v"])
+    both = of_two(lambda w: w)
+    step = estimate_step(program(frozen_last, TOP_K, FROZEN, jax.ShapeDtypeStruct((128, 512), jnp.float32)))
+    assert [layer.name for layer in step.layers] == ["w", "v"]
+    assert step.layers[1].dense == pytest.approx(both.layers[1].dense / 2, rel=0.2)
+    assert step.rest > 0
+
+
+def test_what_no_gradient_comes_back_through_has_none():
+    x = jax.ShapeDtypeStruct((32, 64), jnp.float32)
+    looped = lambda c, w: (jnp.tanh(c @ w), None)
+    for function in (
+        lambda w, x: (x @ w).astype(jnp.int32),
+        lambda w, x: jax.lax.stop_gradient(x @ w),
+        lambda w, x: jax.lax.stop_gradient(jax.checkpoint(lambda w: x @ w)(w)),
+        lambda w, x: jax.lax.stop_gradient(jax.lax.scan(looped, x, w[None])[0]),
+        lambda w, x: jax.lax.cond(x.sum() > 0, lambda w: (x @ w) > 0, lambda w: (x @ w) < 0, w),
+    ):
+        assert estimate_step(program(function, TOP_K, jnp.ones((64, 64)), x)).layers == ()
+    kept = lambda w, x: jax.lax.cond(x.sum() > 0, jax.nn.relu, jnp.tanh, jax.lax.scan(looped, x, w[None])[0])
+    assert len(estimate_step(program(kept, TOP_K, jnp.ones((64, 64)), x)).layers) == 1

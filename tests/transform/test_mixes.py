@@ -7,7 +7,10 @@ import optax
 import pytest
 
 import msbp_jax as msbp
+from msbp_jax.transform._estimate import LayerEstimate, StepEstimate
+from msbp_jax.transform._make_report import _mixed
 from msbp_jax.transform._mixes import find_mixing
+from msbp_jax.transform._shares import Shares
 
 X = jax.random.normal(jax.random.key(0), (16, 8, 8, 3))
 SKIP = {"@outputs": msbp.sample_rows(density=0.5), "*": msbp.skip_zero_rows()}
@@ -98,6 +101,13 @@ ROWS = jnp.ones((16, 6))
         (lambda h: (h - h.mean(0, keepdims=True)) / jnp.sqrt(h.var(0, keepdims=True) + 1e-3), True, True),
         (lambda h: h - jax.lax.stop_gradient(h.mean(0)), False, False),
         (lambda h: h + h.mean(0), True, False),
+        (lambda h: h - 0.5 * h.mean(0), True, False),  # a part of the mean, or more than it
+        (lambda h: h - h.mean(0) / 3, True, False),
+        (lambda h: h - h.sum(0), True, False),
+        (lambda h: h - h.sum(0) * (1 / 16), True, True),
+        (lambda h: (1 - h) - h.mean(0), True, False),
+        (lambda h: h.mean(0) - (h + 1), True, True),
+        (lambda h: (h**2).mean(0) - 2 * h.mean(0) ** 2 + 0 * h, True, False),
         (lambda h: h - h.mean(), True, False),  # over the features, too
         (lambda h: h - h.mean(1, keepdims=True), False, False),
         (lambda h: jax.nn.softmax(h, axis=1), False, False),
@@ -116,6 +126,36 @@ def test_what_mixes_rows(between, mixed, centred):
         told = found(lambda w, x: between(x @ w["w"]) @ w["v"], W, ROWS)
     assert told.mixed == ({"w"} if mixed else set())
     assert told.centred == ({"w"} if centred else set())
+
+
+@pytest.mark.parametrize(
+    "shaped",
+    [
+        lambda h, out: {"aux": h.mean(0), "out": out},
+        lambda h, out: {"attention": jnp.ones((8, 4, 4)) * h.mean(), "out": out},
+        lambda h, out: out.reshape(-1),
+        lambda h, out: out.reshape(-1, 1),
+        lambda h, out: (out**2).mean(),
+    ],
+)
+def test_rows_are_those_of_the_data_whatever_comes_out(shaped):
+    def normed(w, x):
+        h = x @ w["w"]
+        h = h - h.mean(0, keepdims=True)
+        return shaped(h, h @ w["v"])
+
+    assert found(normed, W, ROWS).mixed == {"w"}
+    assert found(normed, W, ROWS).centred == {"w"}
+
+
+@pytest.mark.filterwarnings("ignore:Nothing is sparse")
+def test_rows_of_another_argument_are_none_of_a_layer_without_them():
+    def classes(w, x, table):
+        return jax.nn.log_softmax((x @ w["w"]) @ table.T)
+
+    assert not found(classes, W, ROWS, jnp.ones((10, 64))).mixed
+    last = lambda w, series: jax.nn.softmax(series @ w["w"], axis=0)[-1] @ w["v"]  # time first, then examples
+    assert not found(last, W, jnp.ones((7, 16, 6))).mixed
 
 
 def test_a_loss_and_masked_rows_mix_nothing():
@@ -142,6 +182,19 @@ def test_the_report_says_what_is_idle_and_counts_nothing_as_skipped_there():
     report = alone.report(jnp.ones((6, 64)), ROWS)
     assert "That is all that is sparse: it saves nothing here, and a memory for it is idle." in " ".join(report.notes)
     assert dict(report.shares) == {"params": 1.0}
+
+
+def test_what_gains_below_a_norm_gains_by_native_kernels_and_is_told_so():
+    shares = Shares(
+        by_site={"a": 1.0, "b": 1.0}, entering=None, said="", mixed=("a", "b"), kept_by_rows=True, unused=""
+    )
+    layers = (LayerEstimate(name="a", dense=2.0, sparse=1.0), LayerEstimate(name="b", dense=1.0, sparse=1.0))
+    said = _mixed(shares, (), StepEstimate(forward=1.0, rest=1.0, optimizer=0.0, layers=layers))
+    assert (
+        "nothing is skipped. What a gains is the gain of native kernels with all images, which msbp.dense(nat" in said
+    )
+    assert said.endswith("; leave the others dense (msbp.dense()).")
+    assert "saves nothing" not in said
 
 
 def test_the_memory_of_one_choice_for_the_batch_stays_0_below_batch_norm():

@@ -13,6 +13,7 @@ from flax import nnx
 
 import msbp_jax as msbp
 from msbp_jax.transform._estimate import LayerEstimate, StepEstimate
+from msbp_jax.transform._report_words import gain, ms
 
 COLUMNS = msbp.memorized(msbp.top_k(density=0.1, rows_per_group=16), decay=0.8)
 ROWS = msbp.sample_rows(efficiency=0.9)
@@ -141,6 +142,9 @@ def test_what_the_model_has_by_the_same_name_is_to_be_passed_by_position():
     f = msbp.sparse_vjp(lambda p, x, optimizer=None, **rest: network(p, x), ROWS)
     with pytest.raises(TypeError, match=r"Pass the model's by position, or wrap a function"):
         f.report(PARAMS, X, optimizer=optax.sgd(0.1))
+    g = msbp.sparse_vjp(lambda p, x, measure=True: network(p, x), ROWS)
+    with pytest.raises(TypeError, match=r"report takes measure= for itself"):
+        g.report(PARAMS, X, measure=False)
     assert f.report(PARAMS, X, share=0.5).shares
 
 
@@ -175,6 +179,37 @@ def test_it_is_80_columns_wide_and_goes_into_json_and_html(sparsifier):
     assert "kernel&lt;&amp;&gt;" in page
     assert "<&>" not in page
     assert page.count("<table>") == page.count("</table>") >= 1
+
+
+def test_a_share_that_cannot_be_used_is_named():
+    wanted = msbp.sparse_vjp(network, msbp.sample_rows(density=0.25)).report(PARAMS, X, share=0.9)
+    assert set(dict(wanted.shares).values()) == {0.25}
+    assert "0.25 of the rows kept" in wanted.density
+    assert 'share=0.9 is of no use here: "@outputs" draws 0.25 of the rows, exactly.' in wanted.notes
+    columns = msbp.sparse_vjp(network, COLUMNS).report(PARAMS, X, share=0.9)
+    assert "share=0.9 is of no use here: shapes tell what is kept." in columns.notes
+
+
+def test_optimizers_in_other_forms():
+    f = msbp.sparse_vjp(network, COLUMNS)
+    several = optax.MultiSteps(optax.adam(1e-3), 4)
+    assert f.report(PARAMS, X, optimizer=several).expected.optimizer > 0
+    of_nnx = nnx.Optimizer(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), optax.adam(1e-3), wrt=nnx.Param)
+    with pytest.raises(TypeError, match=r"got an object of the type Optimizer. Pass its .tx."):
+        f.report(PARAMS, X, optimizer=of_nnx)
+    listed = msbp.sparse_vjp(lambda p, x: jnp.tanh(x @ p[0]) @ p[1], COLUMNS)
+    masked = optax.masked(optax.adam(1e-3), [True, False])
+    assert listed.report([PARAMS["a"], PARAMS["b"]], X, optimizer=masked).expected.optimizer > 0
+
+
+def test_small_words():
+    same = report_with({"a": (12.0, 12.01), "b": (2.0, 2.0)})
+    assert "train this dense" not in words(same)
+    assert (ms(0.9997), gain(1234.0)) == ("1000", "a step 1234 times faster")
+    both = msbp.split(dx=msbp.skip_zero_rows(), dw=msbp.dithered(4))
+    text = str(msbp.sparse_vjp(network, both).report(PARAMS, X))
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.search(r"^a .* at run$", text, re.M)
 
 
 def test_why_nothing_is_estimated_is_said():

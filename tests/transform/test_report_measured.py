@@ -80,6 +80,8 @@ def test_shapes_cannot_be_timed():
         f.report(*shapes, measure=True)
     with pytest.raises(ValueError, match=said):
         jax.jit(lambda p, x: f.report(p, x, measure=True))(PARAMS, X)
+    with pytest.raises(ValueError, match=said):
+        jax.jit(lambda: f.report(PARAMS, X, measure=True))()  # closed over
 
 
 def test_a_step_computes_what_training_does():
@@ -106,6 +108,19 @@ def test_a_step_computes_what_training_does():
     tx = optax.sgd(0.5)
     step = make_step(program, PARAMS, cotangents, tx, plain=False)
     assert_trees_close(jax.jit(step.run)(*step.arguments)[2]["a"], optax.apply_updates(floats["a"], -0.5 * wanted["a"]))
+
+
+def test_an_optimizer_that_asks_for_the_loss_gets_it_and_another_is_named():
+    program = msbp.sparse_vjp(network, COLUMNS)._program(PARAMS, (X,), {})
+    cotangents = cotangents_of(program, None)
+    plateau = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
+    step = make_step(program, PARAMS, cotangents, plateau, plain=True)
+    with jax.numpy_dtype_promotion("standard"):  # as Optax needs it there
+        jax.eval_shape(step.run, *step.arguments)
+    asks = lambda grads, state, params=None, *, curvature, **rest: (grads, state)
+    step = make_step(program, PARAMS, cotangents, optax.GradientTransformationExtraArgs(lambda p: (), asks), plain=True)
+    with pytest.raises(TypeError, match=r"calls optimizer.update\(grads, state, params, value=loss\), and this"):
+        jax.eval_shape(step.run, *step.arguments)
 
 
 def test_a_share_of_the_rows_of_the_gradient_is_not_0():
@@ -146,7 +161,7 @@ def words(**changed):
 
 def test_what_is_said_of_the_times():
     assert words() == "Measured on cpu, medians of 9: a step 1.25 times faster (8 ms instead of 10)."
-    assert "Train this dense: nothing that was tried is faster than the dense step." in words(plain=7e-3)
+    assert "Train this dense: nothing that was tried is faster than the dense step, beyond noise." in words(plain=7e-3)
     groups = ((1, 9e-3), (32, 5e-3), (None, 6e-3))
     said = "rows_per_group=32 is best: 5 ms, 2 times faster than dense (1: 9, None: 6)."
     assert said in words(groups=groups)
@@ -156,6 +171,16 @@ def test_what_is_said_of_the_times():
         left_dense=(("a", 7e-3), ("b", 6e-3), ("c", 7.9e-3))
     )
     assert "Leave dense" not in words(plain=5e-3, left_dense=(("a", 7e-3),))
+    within_noise = words(plain=10e-3, sparse=10.2e-3, groups=((8, 9.99e-3),))
+    assert "Train this dense" in within_noise
+    left = {"plain": 10e-3, "sparse": 20e-3, "left_dense": (("a", 9e-3),)}
+    slower = words(**left, groups=((8, 15e-3),))
+    assert "rows_per_group=8 is better than as planned: 15 ms, 0.67 times as fast as dense." in slower
+    assert "Leave dense: a" in slower
+    waiting = words(plain=7e-3, at="while nothing is left out", left_dense=(("a", 7.1e-3),))
+    assert waiting.startswith("Measured while nothing is left out on cpu, ")
+    assert "rain this dense" not in waiting
+    assert "Leave dense" not in waiting
 
 
 def test_only_sparsifiers_that_choose_columns_have_groups():

@@ -39,8 +39,8 @@ CHIPS: Final = {
 _OTHERS: Final = {"gpu": CHIPS["A100"], "tpu": CHIPS["TPU v5 lite"]}
 
 # The share of the published rate that a matrix product reaches: XLA's, and that of this package's kernels.
-_XLA_REACHES, _KERNELS_REACH = 0.75, 0.6
-_CALL_SECONDS = 5e-6
+XLA_REACHES, _KERNELS_REACH = 0.75, 0.6
+CALL_SECONDS = 5e-6
 # On an H200: the rate of rows that the GPU kernels gather and add up, over main memory's bandwidth; how many times as
 # long as their bytes say XLA's gathers take; how often a selection reads the gradient; and bytes that would take as
 # long as XLA takes to sort a score.
@@ -83,12 +83,12 @@ def seconds(path: str, device: Device, layer: Layer) -> float:
     match path:
         case "plain" | "dense":
             written = 3 * _ENTRY * rows * n if path == "dense" else 0
-            work = 4 * rows * m * n / _XLA_REACHES, arrays + _ENTRY * rows * n + written, 0.0
+            work = 4 * rows * m * n / XLA_REACHES, arrays + _ENTRY * rows * n + written, 0.0
         case "xla":
             # The gathered block of wᵀ is written and read; so are the products that make dw, and their sums.
             slower = _XLA_GATHERS if groups > 1 and not on_tpu else 1.0
             moved = gathered * (2 * _ENTRY + (0 if groups == 1 else 4 * _SUM)) * slower + _ENTRY * m * n
-            work = sparse / _XLA_REACHES, arrays + moved + (0 if groups == 1 else 3 * _SUM * m * n), 0.0
+            work = sparse / XLA_REACHES, arrays + moved + (0 if groups == 1 else 3 * _SUM * m * n), 0.0
         case "gpu":
             # wᵀ is transposed; rows of it are gathered and, of several groups, products are added up to make dw.
             passes = 0 if groups == 1 else (-(-rows_per_group // 128) + 2) / _GATHERED_SPEED
@@ -106,4 +106,4 @@ def seconds(path: str, device: Device, layer: Layer) -> float:
             work = moves, reads * _ENTRY * rows * n + 2 * _ENTRY * rows * k + scores * groups * n, 0.0
     operations, moved, other = work
     rates = chip(device)
-    return _CALL_SECONDS + operations / rates.operations + moved / rates.bytes_moved + other
+    return CALL_SECONDS + operations / rates.operations + moved / rates.bytes_moved + other

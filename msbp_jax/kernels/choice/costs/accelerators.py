@@ -1,4 +1,4 @@
-"""Expected times of work on GPUs and TPUs: operations and bytes over published rates. None of it is measured."""
+"""Expected times of work on GPUs and TPUs: operations and bytes over the rates that `roofline` says are reached."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from msbp_jax.kernels.choice import roofline
 from msbp_jax.kernels.choice.target import Device
 
-_CALL = 5e-6
 _ENTRY = 4  # bytes of an entry of loops and sums
-_REACHED = 0.75  # of the rate of operations, by matrix products
 
 
 def seconds(device: Device, work: Mapping[str, tuple[int | float, ...]]) -> float:
@@ -20,7 +18,7 @@ def seconds(device: Device, work: Mapping[str, tuple[int | float, ...]]) -> floa
       work: Units by kind. Those of the kind "seconds" are seconds.
     """
     rates = roofline.chip(device)
-    add, byte = 2 / (rates.operations * _REACHED), 1 / rates.bytes_moved
+    add, byte = 2 / (rates.operations * roofline.XLA_REACHES), 1 / rates.bytes_moved
     return sum(
         sum(c * unit for c, unit in zip(_of(kind, add, byte, len(units)), units, strict=True))
         for kind, units in work.items()
@@ -34,16 +32,16 @@ def _of(kind: str, add: float, byte: float, count: int) -> tuple[float, ...]:
         case "seconds":
             return (1.0,)
         case "loops":
-            return (_CALL, 0.0, 0.0, 0.0, byte, byte)
+            return (roofline.CALL_SECONDS, 0.0, 0.0, 0.0, byte, byte)
         case "product, batched":
-            return (_CALL, 0.0, add, entry)
+            return (roofline.CALL_SECONDS, 0.0, add, entry)
         case _ if kind.startswith("product"):
-            return (_CALL, add, entry)
+            return (roofline.CALL_SECONDS, add, entry)
         case _ if kind.startswith("convolution"):
-            return (_CALL, add, 0.0, 0.0, entry)
+            return (roofline.CALL_SECONDS, add, 0.0, 0.0, entry)
         case "copy" | "joining" | "update":
-            return (_CALL, byte)
+            return (roofline.CALL_SECONDS, byte)
         case "program" | "loop":
-            return (_CALL, 0.0)[:count]
+            return (roofline.CALL_SECONDS, 0.0)[:count]
         case _:
-            return (_CALL, *(entry,) * (count - 1))
+            return (roofline.CALL_SECONDS, *(entry,) * (count - 1))
