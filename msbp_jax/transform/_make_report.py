@@ -115,8 +115,9 @@ def _mixed(shares: Shares, sparse: tuple[SparseRow, ...], expected: StepEstimate
         f"{', '.join(shares.mixed)}: below a norm over the batch, which mixes the rows, so that none of the gradient "
         "is 0 and nothing is skipped"
     )
+    by_images = {row.name for row in sparse if row.backend.startswith("native, images")} & set(shares.mixed)
     layers = () if expected is None else expected.layers
-    faster = [layer.name for layer in layers if layer.name in shares.mixed and round(layer.speed_up, 2) > 1]
+    faster = [layer.name for layer in layers if layer.name in by_images and round(layer.speed_up, 2) > 1]
     if faster:
         others = "" if len(faster) == len(shares.mixed) else "; leave the others dense (msbp.dense())"
         return (
