@@ -47,7 +47,7 @@ def test_every_part(parts, tmp_path, capsys):
 
 def test_the_parts_are_all_there():
     assert sorted(PARTS) == sorted([*(part for group in GROUPS for part in group), "choice"])
-    assert [place("steps (freed memory kept)"), place("steps")] == [(13, "steps (freed memory kept)"), (13, "steps")]
+    assert [place("steps (freed memory kept)"), place("steps")] == [(14, "steps (freed memory kept)"), (14, "steps")]
 
 
 def test_what_is_interpreted_is_not_timed(monkeypatch):
