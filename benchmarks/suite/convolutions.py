@@ -6,11 +6,13 @@ the sparse gradient. What `kernels/choice/patches.py` chooses is held to this gr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 import msbp_jax as msbp
@@ -70,6 +72,14 @@ def convolution(layer: Layer, w: jax.Array, x: jax.Array) -> jax.Array:
     """Return the convolution of a layer."""
     stride = (layer.stride, layer.stride)
     return lax.conv_general_dilated(x, w, stride, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def operands(layer: Layer, draw: np.random.Generator) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return images, kernel and gradient of a layer, normal numbers."""
+    normal = lambda *shape: jnp.asarray(draw.normal(size=shape), jnp.float32)
+    x = normal(layer.batch, layer.size, layer.size, layer.channels_in)
+    w = normal(layer.window, layer.window, layer.channels_in, layer.channels_out)
+    return x, w, normal(*jax.eval_shape(functools.partial(convolution, layer), w, x).shape)
 
 
 def measure(context: Context) -> Iterator[Row]:

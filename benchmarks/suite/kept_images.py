@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.helpers.records import Row
 from benchmarks.helpers.timing import Timed, medians, timed
 from benchmarks.suite.context import Context
-from benchmarks.suite.convolutions import LAYERS, SMALL, Layer, convolution
+from benchmarks.suite.convolutions import LAYERS, SMALL, Layer, convolution, operands
 from benchmarks.suite.sparse_convolutions import geometry, gradients_in_chunks
 from msbp_jax.kernels import images
 from msbp_jax.kernels.native import calls as native
@@ -30,10 +30,7 @@ def measure(context: Context) -> Iterator[Row]:
         return
     for layer in SMALL if context.small else LAYERS:
         draw = np.random.default_rng(0)
-        normal = lambda *shape, draw=draw: jnp.asarray(draw.normal(size=shape), jnp.float32)
-        x = normal(layer.batch, layer.size, layer.size, layer.channels_in)
-        w = normal(layer.window, layer.window, layer.channels_in, layer.channels_out)
-        g = normal(*jax.eval_shape(functools.partial(convolution, layer), w, x).shape)
+        x, w, g = operands(layer, draw)
         calls: dict[str, Timed] = {
             "dense": timed(jax.jit(functools.partial(_dense, layer)), x, w, g),
             "in chunks": timed(jax.jit(functools.partial(gradients_in_chunks, layer)), x, w, g),

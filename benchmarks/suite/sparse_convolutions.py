@@ -22,7 +22,7 @@ from benchmarks.helpers.networks import step_of
 from benchmarks.helpers.records import Row
 from benchmarks.helpers.timing import Timed, medians, timed, training
 from benchmarks.suite.context import Context
-from benchmarks.suite.convolutions import Layer, convolution
+from benchmarks.suite.convolutions import Layer, convolution, operands
 from msbp_jax.kernels import convolutions as kernels
 from msbp_jax.kernels import weights
 
@@ -52,10 +52,7 @@ def measure(context: Context) -> Iterator[Row]:
     backend = "native" if weights.native_is_available() else "xla"
     for layer in SMALL if context.small else LAYERS:
         draw = np.random.default_rng(0)
-        normal = lambda *shape, draw=draw: jnp.asarray(draw.normal(size=shape), jnp.float32)
-        x = normal(layer.batch, layer.size, layer.size, layer.channels_in)
-        w = normal(layer.window, layer.window, layer.channels_in, layer.channels_out)
-        g = normal(*jax.eval_shape(functools.partial(convolution, layer), w, x).shape)
+        x, w, g = operands(layer, draw)
         calls: dict[str, Timed] = {
             "dense": timed(jax.jit(functools.partial(_dense, layer)), x, w, g),
             "in chunks": timed(jax.jit(functools.partial(_in_chunks, layer)), x, w, g),

@@ -11,6 +11,7 @@ from msbp_jax.rules._operations import operation_of as operation_of
 from msbp_jax.rules._outputs import common_dtype as common_dtype
 from msbp_jax.rules._outputs import sparse_outputs as sparse_outputs
 from msbp_jax.rules._products import Path as Path
+from msbp_jax.rules._products import examples_of as examples_of
 from msbp_jax.rules._products import path_of as path_of
 from msbp_jax.rules._rule import Rule as Rule
 from msbp_jax.rules._rule import Site as Site

@@ -53,7 +53,7 @@ def path_of(p: Format, operation: Operation, lhs: Shape, rhs: Shape, backend: st
         Path.ROWS: matrices is Matrices.DIRECTLY and p.has_products and not (backend == "dense" and p.brings_products),
         Path.NARROW: operation.narrows and p.columns_are_shared and backend in (None, "xla"),
         Path.PATCHES: matrices is Matrices.BY_PATCHES and p.has_products and p.pays_on_patches and backend != "dense",
-        Path.EXAMPLES: _examples(p, operation, lhs, rhs, backend) is not None,
+        Path.EXAMPLES: examples_of(p, operation, lhs, rhs, backend) is not None,
         Path.DENSE: True,
     }
     return next(path for path, holds in table.items() if holds)
@@ -93,38 +93,41 @@ def products(
             return _on_matrix(operation, operands, p, dims, out)
 
 
-def _examples(p: Format, operation: Operation, lhs: Shape, rhs: Shape, backend: str | None) -> Examples | None:
-    """Return how examples are left out, if what is kept are rows; or how native code has all of them."""
-    if isinstance(p, Dense) and p.native:
-        how = operation.examples(lhs, rhs, p.values.dtype, backend)
-        return how if how is not None and how.products is not None else None
+def examples_of(p: Format, operation: Operation, lhs: Shape, rhs: Shape, backend: str | None) -> Examples | None:
+    """Return how examples are left out, if what is kept are rows; or how native code has all of them.
+
+    Args:
+      p: As in `path_of`, as all below.
+      operation: The contraction.
+      lhs: Shape of the left operand.
+      rhs: Shape of the right operand.
+      backend: Backend that is asked for; None to choose.
+    """
+    if isinstance(p, Dense):
+        how = operation.examples(lhs, rhs, p.values.dtype, backend) if p.native else None
+        return None if how is None or how.products is None else how
     if not isinstance(p, Rows) or not kernels.skips(p):
         return None
     how = operation.examples(lhs, rhs, p.values.dtype, backend)
+    if how is None or p.drawn_together is None:
+        return how
     # An example is computed if any of its rows is kept: nearly all are, where rows are drawn one by one.
-    apart = how is not None and p.drawn_together is not None and p.drawn_together % max(1, rows_of(how, p, lhs))
-    return None if apart else how
-
-
-def rows_of(how: Examples, p: Rows, lhs: Shape) -> int:
-    """Return how many rows an example has."""
     rows, examples = p.values.shape[-2], lhs[how.axis]
-    return int(rows // max(1, examples))
+    return how if p.drawn_together % max(1, rows // max(1, examples)) == 0 else None
 
 
 def _on_examples(
     operation: Operation, operands: Operands, p: Format, dims: Dims, out: Shape, backend: str | None
 ) -> tuple[jax.Array, jax.Array]:
     """Return the products of the examples that have a row which is kept: XLA's take the next of a few sizes."""
-    how = _examples(p, operation, operands[0].shape, operands[1].shape, backend)
+    how = examples_of(p, operation, operands[0].shape, operands[1].shape, backend)
     assert how is not None
-    values = p.materialize()
     rows = p.kept_rows() if isinstance(p, Rows) else jnp.ones(dims.rows, bool)
     kept = rows.reshape(dims.examples, -1).any(axis=1)
+    g = operation.program_g(p.materialize()[None], operands, out)
     if how.products is not None:
-        return how.products(operands, operation.program_g(values[None], operands, out), kept.astype(jnp.float32))
-    whole = operation.program_g(values[None], operands, out)
-    dx, dw = (_climbed(of, how, operation, operands, whole, kept) for of in range(2))
+        return how.products(operands, g, kept.astype(jnp.float32))
+    dx, dw = (_climbed(of, how, operation, operands, g, kept) for of in range(2))
     return dx, dw
 
 

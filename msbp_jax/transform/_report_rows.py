@@ -10,7 +10,7 @@ from msbp_jax.kernels.choice import target
 from msbp_jax.kernels.choice.advice import warning
 from msbp_jax.kernels.choice.layer import Layer, layer_of
 from msbp_jax.kernels.choice.order import fastest_first
-from msbp_jax.rules import Path, SparseProduct, path_of
+from msbp_jax.rules import Path, SparseProduct, examples_of, path_of
 from msbp_jax.transform._outputs import Outputs
 from msbp_jax.transform._remembers import abstract_result
 from msbp_jax.transform._report import DenseRow, SparseRow
@@ -98,8 +98,7 @@ def _by_examples(site: Site, p: Format, backend: str | None) -> str:
     if isinstance(p, Dense):
         return "native, all images"
     assert site.operation is not None
-    assert isinstance(p, Rows)
-    how = site.operation.examples(site.found.lhs.shape, site.found.rhs.shape, p.values.dtype, backend)
+    how = examples_of(p, site.operation, site.found.lhs.shape, site.found.rhs.shape, backend)
     assert how is not None
     what = "images" if site.found.primitive == "conv_general_dilated" else "rows"
     below = "" if how.backend == "native" else f", below {kernels.pays_below(p):.0%} of the {what}"
