@@ -7,6 +7,7 @@ rigl     to places where the dense gradient is largest; both until three quarter
 gradual  dense for a tenth of the steps, then the largest entries along a cubic, in eight stages from 95 % on, until
          four fifths of the steps (SparseProp)
 early    the same from 50 % on, in five stages, until half of the steps: sooner cheap, and longer as sparse as it ends
+longer   the same for three tenths more epochs: what a faster step may be spent on
 
 Steps are called one by one. Seconds are those of steps and of changes of the patterns; calls that compile are counted
 apart, tests are not counted. The seconds of a change by gradual pruning are those of `update`, whatever it compiles
@@ -15,6 +16,7 @@ included.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -29,15 +31,16 @@ from benchmarks.helpers.clock import Clock
 from benchmarks.sparse_training.tasks import Task, loss_fn
 from msbp_jax.weights import SPARSITY, is_pattern
 
-METHODS = ("dense", "static", "set", "rigl", "gradual", "early")
-GRADUAL = ("gradual", "early")
+METHODS = ("dense", "static", "set", "rigl", "gradual", "early", "longer")
+GRADUAL = ("gradual", "early", "longer")
 FRACTION = 0.3
+LONGER = 1.3  # epochs of `longer`, times those of the others
 
 type Run = dict[str, Any]
 
 
 def schedule_of(method: str, task: Task) -> msbp.SparsitySchedule | None:
-    """Return when and how patterns change; None for dense weights."""
+    """Return when and how patterns change, in as many epochs as the task has; None for dense weights."""
     steps = task.epochs * task.steps
     until = max(task.every + 1, round(0.75 * steps))
     begin = max(1, round(0.1 * steps))
@@ -48,7 +51,7 @@ def schedule_of(method: str, task: Task) -> msbp.SparsitySchedule | None:
             return msbp.sparse_evolution(every=task.every, until=until, fraction=FRACTION)
         case "rigl":
             return msbp.rigl(every=task.every, until=until, fraction=FRACTION)
-        case "gradual" | "early":
+        case "gradual" | "early" | "longer":
             share, stages, first = (0.8, task.stages, 0.95) if method == "gradual" else (0.5, task.early_stages, 0.5)
             end = max(begin + 1, round(share * steps))
             every = math.ceil((end - begin) / (stages - 1))
@@ -66,6 +69,8 @@ def run(method: str, task: Task, seed: int) -> Run:
       task: What is trained.
       seed: Of the weights at first, of patterns and of the order of examples.
     """
+    if method == "longer":
+        task = dataclasses.replace(task, epochs=round(LONGER * task.epochs))
     training = _Training(method, task, seed)
     accuracies, seconds, y = [], [], jnp.asarray(task.images.train_y)
     for epoch in range(task.epochs):

@@ -6,6 +6,7 @@
 | nerva | 3072-1024-512-10 on CIFAR-10, batch 100 | the same | the same |
 | cnn | residual blocks of 32, 64, 128 channels, CIFAR-10, batch 128 | the same, and decay 5e-4 | 5 % of each block |
 | wide | the same of 64, 128, 256 channels | the same | the same |
+| deep | the same of 64, 128, 256, 512 channels | the same | 5 % of all blocks, Erdos-Renyi |
 
 Images of CIFAR-10 are shifted and mirrored, anew in every epoch. The CNN has batch norm; its stem, its projections
 (1 x 1) and all last layers are dense.
@@ -182,6 +183,16 @@ def _wide(folder: pathlib.Path | None) -> Task:
     return dataclasses.replace(_cnn(folder), name="wide", module=Residual((64, 128, 256)), epochs=10)
 
 
-TASKS: dict[str, Callable[[pathlib.Path | None], Task]] = {"mlp": _mlp, "nerva": _nerva, "cnn": _cnn, "wide": _wide}
+def _deep(folder: pathlib.Path | None) -> Task:
+    return dataclasses.replace(_wide(folder), name="deep", module=Residual((64, 128, 256, 512)), scope="erdos_renyi")
+
+
+TASKS: dict[str, Callable[[pathlib.Path | None], Task]] = {
+    "mlp": _mlp,
+    "nerva": _nerva,
+    "cnn": _cnn,
+    "wide": _wide,
+    "deep": _deep,
+}
 _SMALL: dict[str, nn.Module] = {"mlp": MLP(64, 3), "nerva": Hidden((64, 32)), "cnn": Residual((8, 8))}
-_SMALL["wide"] = _SMALL["cnn"]
+_SMALL |= {"wide": _SMALL["cnn"], "deep": _SMALL["cnn"]}
