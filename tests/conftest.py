@@ -32,7 +32,7 @@ def pytest_configure(config):
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=25)
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=15)
 hypothesis.settings.load_profile("repeatable")
 
 

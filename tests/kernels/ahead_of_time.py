@@ -88,8 +88,11 @@ def devices(chip):
     return GPUS[chip][0], topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1").devices
 
 
-def programs(platform, all_of_them):
-    """Yield name, function and shapes of each program; other sizes, another layout, and vmap, only if asked for."""
+def programs(platform, all_of_them, of_xla):
+    """Yield name, function and shapes of each program.
+
+    Other sizes, another layout and vmap come only with `all_of_them`; products that are XLA's own with `of_xla`.
+    """
     options = {"backend": platform}
     sizes = [(jnp.bfloat16, 8192, 8192, 8192, 512, 128), (jnp.float32, 300, 500, 1000, 77, 30)]
     for dtype, rows, m, n, k, group in sizes if all_of_them else sizes[:1]:
@@ -118,8 +121,9 @@ def programs(platform, all_of_them):
         both = lambda p, w: (kernels.grad_input(p, w, 1, **options), kernels.grad_weight(p, w, 1, **options))
         yield "int8 values with a scale", both, (levels, shape((512, 512), jnp.bfloat16))
         yield "mapped", *mapped(options)
-    yield "8 bits", *in_8_bits()
-    yield "tiles", *in_tiles()
+    if of_xla:
+        yield "8 bits", *in_8_bits()
+        yield "tiles", *in_tiles()
     yield "step", *training_step(platform)
 
 
@@ -244,8 +248,9 @@ def main(platform):
     """Compile everything for every chip of a platform."""
     warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
     chips = TPUS if platform == "tpu" else GPUS
+    first, *_, last = chips
     for chip in chips:
-        for name, function, shapes in programs(platform, chip == next(iter(chips))):
+        for name, function, shapes in programs(platform, chip == first, chip in (first, last)):
             report(chip, name, functools.partial(for_one, chip, function, shapes))
         if platform == "tpu":
             function, shapes = on_four_chips(chip)
