@@ -33,6 +33,7 @@ class Setting(NamedTuple):
         "rows, 1/4 of the words",
         "dithered, 8 bits",
     )
+    unbiased: tuple[str, ...] = ("rows 1/16", "rows 1/4", "rows 1/2", "dithered 4", "dithered 4, 8 bits")
 
 
 SMALL = Setting(
@@ -46,6 +47,7 @@ SMALL = Setting(
     multiplied=64,
     model=language_model.Size(layers=1, width=64, heads=2, length=32, batch=2, steps=2),
     backwards=("dense", "MSBP", "half of the sequences"),
+    unbiased=("rows 1/4", "dithered 4, 8 bits"),
 )
 
 

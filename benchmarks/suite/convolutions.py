@@ -92,7 +92,7 @@ def measure(context: Context) -> Iterator[Row]:
         w = jax.random.normal(keys[1], (layer.window, layer.window, layer.channels_in, layer.channels_out))
         w = w / fan_in**0.5
         g = jax.random.normal(keys[2], convolution(layer, w, x).shape)
-        for density in DENSITIES:
+        for density in DENSITIES[:1] if context.small else DENSITIES:
             dense = jax.jit(lambda w, x, g, layer=layer: jax.vjp(lambda w, x: convolution(layer, w, x), w, x)[1](g))
             calls: dict[str, Timed] = {"dense": timed(dense, w, x, g)}
             calls["batch"] = timed(_backward(layer, density, None, None, w, x), w, x, g)

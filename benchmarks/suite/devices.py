@@ -35,15 +35,16 @@ _PLANS = {
 
 def measure(context: Context) -> Iterator[Row]:
     """Yield, for each size and kind of devices, dense steps over those by rows."""
+    plans = ("dense", "rows, 1/4, xla") if context.small else tuple(_PLANS)
     for rows, width in SMALL if context.small else SIZES:
         for where, processes in PROCESSES.items():
-            ms = _in_new_processes(processes, rows, width, context.rounds)
+            ms = _in_new_processes(processes, rows, width, context.rounds, plans)
             row: Row = {"network": f"MLP 784-({width} x 2)-10, batch {rows}", "devices": where}
             row["dense step_ms"] = round(ms["dense"], 1)
             yield row | {f"dense/{name}": round(ms["dense"] / ms[name], 2) for name in ms if name != "dense"}
 
 
-def _in_new_processes(processes: int, *what: int) -> dict[str, float]:
+def _in_new_processes(processes: int, *what: Any) -> dict[str, float]:
     """Return what the first of some processes measures, which work together."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -58,7 +59,9 @@ def _in_new_processes(processes: int, *what: int) -> dict[str, float]:
         return results.pop(0)
 
 
-def _steps(process: int, processes: int, address: str, rows: int, width: int, rounds: int) -> dict[str, float]:
+def _steps(
+    process: int, processes: int, address: str, rows: int, width: int, rounds: int, plans: tuple[str, ...]
+) -> dict[str, float]:
     """Return what steps take in this process, one of some."""
     msbp.keep_freed_memory()
     jax.config.update("jax_platforms", "cpu")
@@ -74,7 +77,8 @@ def _steps(process: int, processes: int, address: str, rows: int, width: int, ro
     batch = _placed(x, split), _placed(y, split)
     setting, tx = Setting("", MLP(width, 3), jax.numpy.asarray(x), jax.numpy.asarray(y), 1), optax.sgd(0.01)
     calls = {}
-    for name, what in _PLANS.items():
+    for name in plans:
+        what = _PLANS[name]
         plan = None if what is None else msbp.sample_rows(density=what[0])
         gradients, params, memory = problem(setting, plan, backend=what and what[1])
         state = jax.tree.map(lambda leaf: _placed(leaf, whole), (params, memory, tx.init(params)))

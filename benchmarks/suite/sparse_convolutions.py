@@ -41,6 +41,7 @@ LAYERS = (
 )
 SMALL = (Layer(2, 6, 16, 16, 3, 1),)
 DENSITIES = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.01)
+STEP_DENSITIES = (0.2, 0.1, 0.05, 0.01)
 CHUNKS = 4
 
 
@@ -49,6 +50,7 @@ def measure(context: Context) -> Iterator[Row]:
 
     "masked" are dense convolutions with the kernel that is made of the entries each time.
     """
+    densities = DENSITIES[:1] if context.small else DENSITIES
     backend = "native" if weights.native_is_available() else "xla"
     for layer in SMALL if context.small else LAYERS:
         draw = np.random.default_rng(0)
@@ -57,7 +59,7 @@ def measure(context: Context) -> Iterator[Row]:
             "dense": timed(jax.jit(functools.partial(_dense, layer)), x, w, g),
             "in chunks": timed(jax.jit(functools.partial(_in_chunks, layer)), x, w, g),
         }
-        for density in DENSITIES:
+        for density in densities:
             mask = draw.permutation(w.size).reshape(w.shape) < round(density * w.size)
             sparse = msbp.prune({"params": w}, masks=mask, input_axes={"params": 3})
             values, pattern = sparse["params"], sparse["sparsity"]["params"]
@@ -66,7 +68,7 @@ def measure(context: Context) -> Iterator[Row]:
                 calls[f"{name} {density}"] = timed(call, x, values, pattern, g)
         ms = medians(calls, context.rounds)
         best = min(ms["dense"], ms["in chunks"])
-        for density in DENSITIES:
+        for density in densities:
             yield dict(layer._asdict()) | {
                 "zeros, %": round(100 * (1 - density), 1),
                 "dense_ms": round(ms["dense"], 2),
@@ -83,9 +85,11 @@ class ResNet18(nn.Module):
 
     Attributes:
       width: Channels of the first stage.
+      stages: How many there are; fewer to see that it runs.
     """
 
     width: int = 64
+    stages: int = 4
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
@@ -93,7 +97,7 @@ class ResNet18(nn.Module):
         norm = lambda x: nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
         conv = lambda n, strides: nn.Conv(n, (3, 3), (strides, strides), use_bias=False)
         x = nn.relu(norm(conv(self.width, 1)(x)))
-        for stage in range(4):
+        for stage in range(self.stages):
             for block in range(2):
                 channels, strides = self.width * 2**stage, 2 if stage > 0 and block == 0 else 1
                 y = nn.relu(norm(conv(channels, strides)(x)))
@@ -106,19 +110,19 @@ class ResNet18(nn.Module):
 
 def measure_steps(context: Context) -> Iterator[Row]:
     """Yield the time of a dense training step of a ResNet-18 over that of a sparse one, and their sizes."""
-    width, batch, size = (8, 4, 8) if context.small else (64, 32, 32)
-    module, keys = ResNet18(width), jax.random.split(jax.random.key(0), 3)
+    width, stages, batch, size = (8, 2, 4, 8) if context.small else (64, 4, 32, 32)
+    module, keys = ResNet18(width, stages), jax.random.split(jax.random.key(0), 3)
     x, y = jax.random.normal(keys[0], (batch, size, size, 3)), jax.random.randint(keys[1], (batch,), 0, 10)
     variables = module.init(keys[2], x)
     tx = optax.sgd(0.1, momentum=0.9)
-    include = [f"Conv_{i}/kernel" for i in range(1, 17)]  # the first layer and the shortcuts stay dense
+    include = [f"Conv_{i}/kernel" for i in range(1, 1 + 4 * stages)]  # the first layer and the shortcuts stay dense
 
     def start(variables: Any) -> Any:
         return variables["params"], variables["batch_stats"], tx.init(variables["params"])
 
     calls = {"dense": training(_step(tx, module, {}), start(variables), x, y)}
     shares: dict[float, float] = {}
-    for density in (0.2, 0.1, 0.05, 0.01):
+    for density in STEP_DENSITIES[:1] if context.small else STEP_DENSITIES:
         sparse = msbp.prune(variables, density=density, include=include, input_axes={"Conv_*": 3})
         model = msbp.sparse_weights(module)
         calls[f"{density}"] = training(_step(tx, model, {"sparsity": sparse["sparsity"]}), start(sparse), x, y)

@@ -19,6 +19,7 @@ from benchmarks.helpers.timing import Timed, medians, timed, training
 from benchmarks.suite.context import Context
 
 DENSITY, DECAY = 0.04, 0.8
+OPTIMIZERS = (("SGD", optax.sgd(0.01)), ("Adam", optax.adam(1e-3)))
 
 
 def networks(context: Context) -> list[Setting]:
@@ -37,7 +38,7 @@ def measure(context: Context) -> Iterator[Row]:
     """Yield, for each network and optimizer, the ratios of a whole step."""
     torch = context.torch
     for setting in networks(context):
-        for optimizer, tx in (("SGD", optax.sgd(0.01)), ("Adam", optax.adam(1e-3))):
+        for optimizer, tx in OPTIMIZERS[-1:] if context.small else OPTIMIZERS:
             calls: dict[str, Timed] = {}
             for method, sparsifier in methods(setting).items():
                 gradients, params, memory = problem(setting, sparsifier)

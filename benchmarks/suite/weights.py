@@ -20,6 +20,7 @@ from msbp_jax.kernels import weights as kernels
 
 SHAPES = ((1024, 1024, 1024), (512, 2048, 2048), (902, 768, 3072), (100, 3072, 1024), (16, 1024, 1024))
 DENSITIES = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.01)
+STEP_DENSITIES = (0.2, 0.1, 0.05, 0.01)
 
 
 def measure(context: Context) -> Iterator[Row]:
@@ -29,6 +30,7 @@ def measure(context: Context) -> Iterator[Row]:
     layer and SparseProp's are peers where they are installed.
     """
     torch = context.torch
+    densities = DENSITIES[-1:] if context.small else DENSITIES
     backend = "native" if kernels.native_is_available() else "xla"
     for rows, m, n in ((16, 24, 80),) if context.small else SHAPES:
         draw = np.random.default_rng(0)
@@ -40,7 +42,7 @@ def measure(context: Context) -> Iterator[Row]:
         }
         times = jax.jit(functools.partial(kernels.times, backend=backend), static_argnums=3)
         gradient = jax.jit(functools.partial(kernels.gradient, backend=backend))
-        for density in DENSITIES:
+        for density in densities:
             entries = np.zeros(m * n, bool)
             entries[draw.permutation(m * n)[: round(density * m * n)]] = True
             sparse = msbp.prune({"params": w}, masks=entries.reshape(m, n))
@@ -55,12 +57,12 @@ def measure(context: Context) -> Iterator[Row]:
         if not torch.reason:
             calls["torch"] = torch.linear("torch", library="torch", density=1.0, **shape)
         if not torch.missing:
-            for density in DENSITIES:
+            for density in densities:
                 name = f"sparseprop {density}"
                 calls[name] = torch.linear(name, library="sparseprop", density=density, **shape)
         ms = medians(calls, context.rounds)
         torch.forget()
-        for density in DENSITIES:
+        for density in densities:
             work = 2e-6 * rows * round(density * m * n)  # millions of operations of a product
             row: Row = {"rows x in x out": f"{rows}x{m}x{n}", "zeros, %": round(100 * (1 - density), 1)}
             row |= {
@@ -83,6 +85,7 @@ NETWORKS = (("3072-1024-512-10", NERVA, 3072, 100), ("784-2048-2048-10", MLP(204
 
 def measure_steps(context: Context) -> Iterator[Row]:
     """Yield, for each network and density, the time of a dense step over that of a sparse one, and their sizes."""
+    densities = STEP_DENSITIES[:1] if context.small else STEP_DENSITIES
     for name, module, inputs, batch in (("small", MLP(32, 2), 16, 8),) if context.small else NETWORKS:
         keys = jax.random.split(jax.random.key(0), 3)
         x, y = jax.random.normal(keys[0], (batch, inputs)), jax.random.randint(keys[1], (batch,), 0, 10)
@@ -95,7 +98,7 @@ def measure_steps(context: Context) -> Iterator[Row]:
         dense = _step(tx, lambda params, x, module=module: module.apply({"params": params}, x))
         calls = {"dense": training(dense, start(variables["params"]), x, y)}
         shares: dict[float, tuple[float, float]] = {}
-        for density in (0.2, 0.1, 0.05, 0.01):
+        for density in densities:
             sparse = msbp.prune(variables, density=density, method="random", scope="erdos_renyi", key=keys[0])
             model, patterns = msbp.sparse_weights(module), sparse["sparsity"]
             apply = lambda params, x, model=model, p=patterns: model.apply({"params": params, "sparsity": p}, x)
@@ -109,7 +112,7 @@ def measure_steps(context: Context) -> Iterator[Row]:
             ]
             shares[density] = moving[0] / moving[1], patterned[0] / patterned[1]
         ms = medians(calls, context.rounds)
-        for density in (0.2, 0.1, 0.05, 0.01):
+        for density in densities:
             yield {
                 "network": name,
                 "batch": batch,

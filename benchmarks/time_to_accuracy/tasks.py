@@ -139,7 +139,7 @@ def make(name: str, folder: pathlib.Path | None, *, small: bool = False) -> Task
       small: Minute sizes and budgets, to see that it runs.
     """
     task = TASKS[name](folder, small)
-    return dataclasses.replace(task, batch=32, budgets=(0.2, 0.4, 0.6), rates=task.rates[:2]) if small else task
+    return dataclasses.replace(task, batch=32, budgets=(0.1, 0.2), rates=task.rates[:2]) if small else task
 
 
 def _mnist(folder: pathlib.Path | None, small: bool) -> Task:
@@ -212,7 +212,7 @@ def _tagger(folder: pathlib.Path | None, small: bool) -> Task:
 
 def _transformer(folder: pathlib.Path | None, small: bool) -> Task:
     arrays, data = _words(folder)
-    module = Encoder(data.vocabulary, data.tags, 64 if small else 128)
+    module = Encoder(data.vocabulary, data.tags, *((64, 1) if small else (128,)))
     return Task(
         name="transformer", module=module, **arrays, rates=(5e-4, 1e-3, 2e-3, 4e-3), batch=64, budgets=(5, 10, 20),
         columns=(0.25, 32),
@@ -230,7 +230,7 @@ def _language(folder: pathlib.Path | None, small: bool) -> Task:
         train, test = ({"characters": part["characters"][:256]} for part in (train, test))
     return Task(
         name="language",
-        module=Transformer(int(numbers.max()) + 1, 64 if small else 128),
+        module=Transformer(int(numbers.max()) + 1, *((64, 1) if small else (128,))),
         train=train,
         test={"characters": test["characters"][:1000]},
         inputs=lambda batch: (batch["characters"][:, :-1],),

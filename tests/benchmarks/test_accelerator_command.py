@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks.accelerator import __main__ as accelerator
+from benchmarks.accelerator import unbiased
 from benchmarks.accelerator.setting import Setting
 from benchmarks.helpers import language_model
 
@@ -39,6 +40,7 @@ def test_accelerator(tmp_path, capsys):
 def test_the_methods_of_the_full_run_are_there():
     """The small run has some of them only."""
     assert set(Setting().backwards) <= set(language_model.methods(1 / 8, 1024))
+    assert Setting().unbiased == tuple(unbiased.METHODS)
 
 
 def test_a_cpu_is_refused(capsys):

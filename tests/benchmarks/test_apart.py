@@ -1,6 +1,7 @@
 """Measuring, helpers, data and studies are apart, each with its entry; none of it leans on the demo or the examples."""
 
 import ast
+import importlib
 import json
 import pathlib
 import subprocess
@@ -69,11 +70,20 @@ def test_only_entries_have_a_main(file):
         (["studies", "accuracy"], ["--data", "--out", "--epochs"]),
     ],
 )
-def test_entries_say_what_they_do(entry, expected):
-    command = [sys.executable, "-m", *entry, "--help"]
+def test_entries_say_what_they_do(entry, expected, capsys):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"{entry[0]}.__main__").main([*entry[1:], "--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: python -m {' '.join(entry)}")
+    assert [word for word in expected if word not in said] == []
+
+
+@pytest.mark.parametrize("package", ["benchmarks", "studies"])
+def test_packages_are_commands(package):
+    command = [sys.executable, "-m", package, "--help"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
-    assert found.stdout.startswith(f"usage: python -m {' '.join(entry)}")
-    assert [word for word in expected if word not in found.stdout] == []
+    assert found.stdout.startswith(f"usage: python -m {package}")
 
 
 def test_results_are_their_parts_put_together():

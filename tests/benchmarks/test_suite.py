@@ -14,10 +14,11 @@ from benchmarks.helpers import backends, gradients, networks, paths
 from benchmarks.helpers.peers import Torch
 from benchmarks.suite.parts import PARTS, place
 
+# Those with a picture last: it is drawn again after each part that follows.
 GROUPS = [
-    ["layers", "targets", "layout"],
+    ["targets", "layout", "layers"],
     ["select", "gradients", "memory", "freed memory"],
-    ["steps", "transformer"],
+    ["transformer", "steps"],
     ["rows", "padding", "entries", "devices"],
     ["weights", "weight steps"],
     ["sparse conv", "sparse conv steps"],
@@ -76,7 +77,7 @@ def test_an_interpreted_kernel_is_never_called(tmp_path, monkeypatch):
 def test_minute_sizes_do_not_become_results(monkeypatch, tmp_path):
     for name, folder in (("SMALL", tmp_path / "small"), ("RESULTS", tmp_path / "results")):
         monkeypatch.setattr(paths, name, folder)
-    command.main(["memory", "--small"])
+    command.main(["targets", "--small"])
     assert (tmp_path / "small" / "results.json").exists()
     assert not (tmp_path / "results").exists()
 
