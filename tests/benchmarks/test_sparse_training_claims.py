@@ -17,7 +17,8 @@ def test_every_method_ends_with_as_many_entries(name):
     for method in methods.METHODS if name == "mlp" else ("rigl", "gradual"):
         found = methods.run(method, task, 0)
         assert 0 <= found["accuracy"] <= 100
-        assert len(found["accuracies"]) == len(found["seconds after epochs"]) == (3 if method == "longer" else task.epochs)
+        epochs = 3 if method == "longer" else task.epochs
+        assert len(found["accuracies"]) == len(found["seconds after epochs"]) == epochs
         assert found["seconds"] > 0
         assert found["density in the end"] == pytest.approx(1 if method == "dense" else task.density, abs=0.01)
         assert (found["pattern bytes"] > 0) == (method != "dense")
@@ -26,7 +27,8 @@ def test_every_method_ends_with_as_many_entries(name):
             "early": [1, 3, 4],
             "longer": [1, 5, 6],
         }.get(method, [8])
-        assert found["programs"] == {"gradual": 3, "early": 3, "longer": 3, "rigl": 1 if name == "mlp" else 4}.get(method, 1)
+        programs = dict.fromkeys(methods.GRADUAL, 3) | {"rigl": 1 if name == "mlp" else 4}
+        assert found["programs"] == programs.get(method, 1)
 
 
 def test_from_the_command_line(tmp_path, monkeypatch, capsys):
