@@ -76,14 +76,15 @@ def test_decay_0_is_the_sparsifier_itself_and_adds_no_memory():
 def test_a_memory_inside_a_users_own_is_a_memory(name):
     """The other way round is right: what wraps a memorized sparsifier without a memory of its own."""
     sparsifier, own = MEMORIZED[name], halved(MEMORIZED[name])
-    if name != "local":  # whose blocks a batch of one row has not
+    if name in ("mean", "slot"):  # a batch of one row has not the blocks of "local"
         check_sparsifier(own)
     f, g = (msbp.sparse_vjp(product, s) for s in (sparsifier, own))
-    step = lambda f, scale: msbp.value_and_grad(lambda w, m, x: scale * (f(w, x, memory=m) * X.sum()).mean())
+    step = lambda f, scale: jax.jit(msbp.value_and_grad(lambda w, m, x: scale * (f(w, x, memory=m) * X.sum()).mean()))
     a, b = f.init_memory(W, X), g.init_memory(W, X)
+    inside, outside = step(f, 0.5), step(g, 1.0)
     for _ in range(3):
-        _, want, a = step(f, 0.5)(W, a, X)
-        _, got, b = step(g, 1.0)(W, b, X)
+        _, want, a = inside(W, a, X)
+        _, got, b = outside(W, b, X)
         assert_trees_equal(got, want)
 
 

@@ -16,7 +16,7 @@ from msbp_jax.testing import random_gradient
 
 N, M, K = 24, 5, 4
 # The Pallas kernels are interpreted: slow, so they see fewer cases.
-CASES = {"xla": 15, "native": 15, "gpu": 3, "tpu": 3}
+CASES = {"xla": 6, "native": 6, "gpu": 2, "tpu": 2}
 BACKENDS = [name for name in msbp.backends()["select_with_memory"] if name in CASES]
 
 
@@ -48,9 +48,9 @@ def results(sparsifier, backend, x, g, residual):
     f, run = step(sparsifier, backend)
     params = {"w": integers(9, M, N), "dx": np.zeros_like(x)}
     memory = f.init_memory(params, x)
-    memory = jax.tree.map(lambda leaf: jnp.asarray(residual).reshape(leaf.shape), memory)
+    memory = jax.tree.map(lambda leaf: residual.reshape(leaf.shape), memory)
     grads, after = run(params, x, g, memory)
-    return grads["w"], grads["dx"], after["w"].residual
+    return [np.asarray(result) for result in (grads["w"], grads["dx"], after["w"].residual)]
 
 
 def padded(array, places, rows, fill):
@@ -216,14 +216,15 @@ def test_uses_and_members_count_by_their_rows():
     f = msbp.sparse_vjp(lambda w, x: jnp.sin(x @ w), S, min_features=1)
     x = random_gradient(3, 10, 6)
     memory = jax.tree.map(lambda leaf: leaf + 1, f.init_memory(W, x))
-    whole = msbp.value_and_grad(lambda w, m: f(w, x, memory=m).sum())(W, memory)[1:]
+    step = lambda loss: jax.jit(msbp.value_and_grad(loss))(W, memory)[1:]
+    whole = step(lambda w, m: f(w, x, memory=m).sum())
     apart = lambda w, m: f(w, x[:2], memory=m).sum() + f(w, x[2:], memory=m).sum()
-    assert_trees_close(msbp.value_and_grad(apart)(W, memory)[1:], whole)
+    assert_trees_close(step(apart), whole)
     mask = jnp.asarray([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]], jnp.float32)
     places = np.cumsum(np.asarray(mask).reshape(-1)).astype(int) - 1
     spread = x[np.clip(places, 0, 9)].reshape(5, 4, 6)
     mapped = lambda w, m: (jax.vmap(lambda x: f(w, x, memory=m))(spread) * mask[..., None]).sum()
-    assert_trees_close(msbp.value_and_grad(mapped)(W, memory)[1:], whole)
+    assert_trees_close(step(mapped), whole)
 
 
 def test_a_branch_under_vmap_counts_the_examples_that_took_it():

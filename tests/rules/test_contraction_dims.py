@@ -33,28 +33,29 @@ def dot_generals(draw):
 
     lhs, lc, lb = operand(lhs_free)
     rhs, rc, rb = operand(rhs_free)
-    return ((tuple(lc), tuple(rc)), (tuple(lb), tuple(rb))), jnp.asarray(lhs), jnp.asarray(rhs)
+    return ((tuple(lc), tuple(rc)), (tuple(lb), tuple(rb))), lhs, rhs
 
 
 @hypothesis.given(dot_generals(), st.sampled_from(["lhs", "rhs"]))
 def test_canonical_products_are_the_program_s(problem, side):
     dims, lhs, rhs = problem
-    y, pullback = jax.vjp(lambda a, b: jax.lax.dot_general(a, b, dims), lhs, rhs)
     c = contraction(dims, lhs.shape, rhs.shape, side)
-    x, w = (rhs, lhs) if side == "lhs" else (lhs, rhs)
-    cx, cw = c.canonical_x(x), c.canonical_w(w)
-    cw = cw if c.feature_axis == 1 else jnp.swapaxes(cw, 1, 2)
-    np.testing.assert_array_equal(c.program_g(cx @ cw, y.shape), y)
+    turned = lambda w: w if c.feature_axis == 1 else jnp.swapaxes(w, 1, 2)
 
-    g = jnp.arange(y.size, dtype=jnp.float32).reshape(y.shape) - 3
-    dlhs, drhs = pullback(g)
-    dx, dw = (drhs, dlhs) if side == "lhs" else (dlhs, drhs)
-    cg = c.canonical_g(g)
-    np.testing.assert_array_equal(c.program_g(cg, y.shape), g)
-    np.testing.assert_array_equal(c.program_x(cg @ jnp.swapaxes(cw, 1, 2)), dx)
-    canonical_dw = jnp.swapaxes(cx, 1, 2) @ cg
-    canonical_dw = canonical_dw if c.feature_axis == 1 else jnp.swapaxes(canonical_dw, 1, 2)
-    np.testing.assert_array_equal(c.program_w(canonical_dw), dw)
+    @jax.jit  # one program for each problem, not one for each operation
+    def run(lhs, rhs):
+        y, pullback = jax.vjp(lambda a, b: jax.lax.dot_general(a, b, dims), lhs, rhs)
+        g = jnp.arange(y.size, dtype=jnp.float32).reshape(y.shape) - 3
+        x, w = (rhs, lhs) if side == "lhs" else (lhs, rhs)
+        cx, cw, cg = c.canonical_x(x), turned(c.canonical_w(w)), c.canonical_g(g)
+        dlhs, drhs = pullback(g)
+        want = (y, g, *((drhs, dlhs) if side == "lhs" else (dlhs, drhs)))
+        dx, dw = cg @ jnp.swapaxes(cw, 1, 2), turned(jnp.swapaxes(cx, 1, 2) @ cg)
+        return (c.program_g(cx @ cw, y.shape), c.program_g(cg, y.shape), c.program_x(dx), c.program_w(dw)), want, cg
+
+    got, want, cg = run(lhs, rhs)
+    for mine, theirs in zip(got, want, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
     assert (c.batch, c.rows, c.n) == cg.shape
 
 

@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import msbp_jax as msbp
+from msbp_jax.testing import random_gradient
 
 N = 64
 S = msbp.memorized(msbp.top_k(k=7, rows_per_group=2), 0.5)
@@ -36,7 +37,7 @@ def after_two_steps(compilations, step, *carry):
     for number in range(5):
         if number == 2:
             del compilations[:]
-        carry = step(*carry, jax.random.normal(jax.random.key(number), (4, 6)))
+        carry = step(*carry, random_gradient(number, 4, 6))
     jax.block_until_ready(carry)
     return len(compilations), carry
 
@@ -117,9 +118,9 @@ def test_an_eager_step(program, sparsifier, compilations):
         _, _, memory = msbp.value_and_grad(lambda p, m, x: (f(p, x, memory=m) ** 2).mean())(PARAMS, memory, x)
         return (memory,)
 
-    by_jax, _ = after_two_steps(compilations, plain)  # which compiles some of these anew at every step
     by_us, _ = after_two_steps(compilations, step, f.init_memory(PARAMS, jnp.ones((4, 6))))
-    assert by_us == 0 if program is not mapped else by_us <= by_jax
+    # JAX compiles a shard_map anew at every step.
+    assert by_us <= (after_two_steps(compilations, plain)[0] if program is mapped else 0)
 
 
 @pytest.mark.parametrize("options", [{}, {"has_aux": True}], ids=str)

@@ -1,5 +1,6 @@
 """Many devices: the same numbers as one, the collectives of a dense backward, and a mean of the memory."""
 
+import functools
 import re
 
 import jax
@@ -29,6 +30,7 @@ def network(p, x):
     return jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"])
 
 
+@functools.cache
 def data():
     keys = jax.random.split(jax.random.key(0), 3)
     params = {"a": jax.random.normal(keys[0], (16, N)) / 4, "b": jax.random.normal(keys[1], (N, N)) / 8}
@@ -51,6 +53,18 @@ def collectives(compiled):
         sizes = [int(np.prod([int(d) for d in dims.split(",") if d])) for dims in re.findall(r"\w+\[([\d,]*)\]", shape)]
         found += [(kind, size) for size in sizes]
     return sorted(found)
+
+
+@functools.cache
+def of_dense(placement, kind):
+    """Return the collectives of a dense step."""
+    params, x = data()
+    there, x = (
+        placed(params, mesh_of(kind), PLACES[placement]),
+        jax.device_put(x, NamedSharding(mesh_of(kind), BY_ROWS)),
+    )
+    step = jax.jit(jax.value_and_grad(lambda p, x: (network(p, x) ** 2).mean()))
+    return collectives(step.lower(there, x).compile())
 
 
 TOP = msbp.top_k(k=7, rows_per_group=4)
@@ -82,19 +96,17 @@ def test_sharded_under_jit(placement, sparsifier, extra, kind):
     params, x = data()
     f = msbp.sparse_vjp(network, sparsifier)
     memory = f.init_memory(params, x)
-    want = step_of(f)(params, memory, x)
+    step = step_of(f)
+    want = step(params, memory, x)
     mesh = mesh_of(kind)
     with jax.set_mesh(mesh):
         local = BY_ROWS if "local" in str(sparsifier) else WHOLE
         there = placed(params, mesh, PLACES[placement])
         memory = placed(memory, mesh, jax.tree.map(lambda _: local, memory))
         x = jax.device_put(x, NamedSharding(mesh, BY_ROWS))
-        got = step_of(f)(there, memory, x)
-        assert_trees_close(got, want)
-        found = collectives(step_of(f).lower(there, memory, x).compile())
-        dense = collectives(
-            jax.jit(jax.value_and_grad(lambda p, x: (network(p, x) ** 2).mean())).lower(there, x).compile()
-        )
+        compiled = step.lower(there, memory, x).compile()
+        assert_trees_close(compiled(there, memory, x), want)
+        found, dense = collectives(compiled), of_dense(placement, kind)
     if placement != "tensor":
         assert found == sorted(dense + extra)
     else:  # a choice among features that devices share needs their gradients: inside shard_map it does not

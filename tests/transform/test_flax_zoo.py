@@ -144,13 +144,13 @@ def check(report, apply, params, memory, step, steps):
     """Compare two steps of `step` with a twin's gradients and residuals; `apply(params)` is the plain model."""
     assert report.sparse
     shapes = shapes_of(report)
-    zeros = {shapes[row.name]: (jnp.zeros(row.n), jnp.zeros(row.n)) for row in report.sparse}
+    zeros = {shapes[row.name]: (np.zeros(row.n, np.float32), np.zeros(row.n, np.float32)) for row in report.sparse}
 
     def twin(params, probes):
         with masked_contractions(K, GROUP, probes) as replaced:
             return (jnp.sin(apply(params, replaced))).mean()
 
-    grads, probes = jax.grad(twin, argnums=(0, 1))(params, zeros)
+    grads, probes = jax.jit(jax.grad(twin, argnums=(0, 1)))(params, zeros)
     got, after = step(params, memory)
     assert_trees_close(got, grads, rtol=1e-4, floor=1e-3)
     for shape in zeros:
@@ -166,7 +166,7 @@ def check(report, apply, params, memory, step, steps):
 def test_linen(name):
     module, x, steps = LINEN[name]
     model = msbp.sparse_vjp(module, SPARSE, min_features=1)
-    params = model.init(KEY, x)
+    params = jax.jit(model.init)(KEY, x)
     memory = model.init_memory(params, x)
     traces = []
 
@@ -184,7 +184,7 @@ def test_linen(name):
             own = jax.tree.map(lambda leaf, i=i: leaf[i], kernel)
             one = msbp.sparse_vjp(nn.Dense(6), SPARSE, min_features=1)
             loss = lambda p, m, one=one: jnp.sin(nn.tanh(one.apply({"params": p}, x, memory=m))).mean() / 2
-            _, want, new = msbp.value_and_grad(loss)(own, one.init_memory({"params": own}, x))
+            _, want, new = jax.jit(msbp.value_and_grad(loss))(own, one.init_memory({"params": own}, x))
             got = jax.tree.map(lambda leaf, i=i: leaf[i], grads["params"]["ensemble"]["Dense_0"])
             assert_trees_close(got, want)
             assert_trees_close(after["ensemble/Dense_0/kernel"].residual[i], new["kernel"].residual)

@@ -35,7 +35,7 @@ def convolution(numbers=NHWC, strides=(1, 1), padding="SAME", **options):
     return lambda w, x: lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=numbers, **options)
 
 
-@settings(max_examples=25)
+@settings(max_examples=16)
 @given(
     st.tuples(st.integers(1, 20), st.integers(1, 9), st.integers(1, 9)),
     st.tuples(st.integers(1, 4), st.integers(1, 4)),
@@ -220,7 +220,7 @@ def experts(w, x, sizes):
     return lax.ragged_dot(x, w, sizes)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     st.lists(st.integers(0, 30), min_size=1, max_size=5),
     st.integers(0, 9),

@@ -32,10 +32,12 @@ def memories(*axes):
     return jax.tree.map(lambda leaf: random_gradient(3, 1, int(np.prod(shape))).reshape(shape) / 9, ONE)
 
 
+STEP = jax.jit(msbp.value_and_grad(lambda w, m, x: F(w, x, memory=m).sum()))
+
+
 def alone(memory, x):
     """Return the new memory of one use, by itself: its residual is what is left, over the rows."""
-    loss = lambda w, m: F(w, x, memory=m).sum()
-    return msbp.value_and_grad(loss)(W, memory)[2]
+    return STEP(W, memory, x)[2]
 
 
 def mapped(levels, memory_axes, call):
@@ -50,7 +52,7 @@ def taken(memory, axes, index):
     """Return the memory of one member."""
     for axis, i in zip(axes, index, strict=True):
         if axis is not None:
-            memory = jax.tree.map(lambda leaf, axis=axis, i=i: jnp.take(leaf, i, axis=axis), memory)
+            memory = jax.tree.map(lambda leaf, axis=axis, i=i: np.take(np.asarray(leaf), i, axis=axis), memory)
     return memory
 
 
@@ -77,19 +79,19 @@ def test_nested_vmaps(jit, axes):
     call = lambda m, x: F(W_ARGUMENT.value, x, memory=m)
     call = jax.jit(call) if jit == "jit inside" else call
     memory = memories(*(axis for axis in axes if axis is not None))
-    x = X[(0,) * (3 - len(axes))]
+    x = np.asarray(X)[(0,) * (3 - len(axes))]
 
     def loss(w, m):
         W_ARGUMENT.value = w
         return mapped(len(axes), axes, call)(m, x).sum()
 
     run = msbp.value_and_grad(loss)
-    after = (jax.jit(run) if jit == "jit outside" else run)(W, memory)[2]["params"].residual
+    after = np.asarray((jax.jit(run) if jit == "jit outside" else run)(W, memory)[2]["params"].residual)
     # By hand: every member's own use, and the mean over those that share a memory (all have as many rows).
     groups = {}
     for index in itertools.product(range(B), repeat=len(axes)):
         own = tuple(i for i, axis in zip(index, axes, strict=True) if axis is not None)
-        groups.setdefault(own, []).append(alone(taken(memory, axes, index), x[index])["params"].residual)
+        groups.setdefault(own, []).append(np.asarray(alone(taken(memory, axes, index), x[index])["params"].residual))
     for own, residuals in groups.items():
         marked = iter(own)
         index = [next(marked) if axis is not None else 0 for axis in axes]

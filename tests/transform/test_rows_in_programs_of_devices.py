@@ -60,15 +60,27 @@ def bits(tree):
     )
 
 
+@functools.cache
+def of_one_device(plan, backend):
+    """Return a step, its memory and what it gives on one device."""
+    f = msbp.sparse_vjp(network, plan, backend=backend, min_features=1)
+    step, memory = step_of(f), f.init_memory(PARAMS, X)
+    return step, memory, bits(step(PARAMS, memory, X, TARGET))
+
+
+@functools.cache
+def of_dense(placement):
+    there = placed(PARAMS, PLACES[placement]), {}, *placed((X, TARGET), (P("data"), P("data")))
+    return collections.Counter(collectives(jax.jit(dense).lower(*there).compile()))
+
+
 def compared(placement, plan, backend):
     """Return what the sparse step's collectives have beyond the dense step's; the numbers are those of one device."""
-    f = msbp.sparse_vjp(network, plan, backend=backend, min_features=1)
-    memory = f.init_memory(PARAMS, X)
+    step, memory, want = of_one_device(plan, backend)
     there = placed(PARAMS, PLACES[placement]), memory, *placed((X, TARGET), (P("data"), P("data")))
-    step = step_of(f)
-    assert_trees_close(bits(step(*there)), bits(step(PARAMS, memory, X, TARGET)), rtol=1e-4)
-    extra = collections.Counter(collectives(step.lower(*there).compile()))
-    plain = collections.Counter(collectives(jax.jit(dense).lower(*there).compile()))
+    compiled = step.lower(*there).compile()
+    assert_trees_close(bits(compiled(*there)), want, rtol=1e-4)
+    extra, plain = collections.Counter(collectives(compiled)), of_dense(placement)
     assert placement.startswith("fsdp") or not plain - extra
     return extra - plain, plain
 

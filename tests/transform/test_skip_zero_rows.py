@@ -1,5 +1,7 @@
 """Skipping rows that are exactly 0 changes nothing but the time: every kind of model, under every transformation."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -69,13 +71,20 @@ def masked_loss(f, mask):
     return lambda p, x: (jnp.sin(f(p, x)) * mask[:, None]).sum()
 
 
+@functools.cache
+def compiled(function, **options):
+    """Return values and gradients of a sparse function and of the plain one, for any mask, compiled once."""
+    return [
+        jax.jit(lambda mask, p, x, f=f: jax.value_and_grad(masked_loss(f, mask), argnums=(0, 1))(p, x))
+        for f in (msbp.sparse_vjp(function, SKIP, **options), function)
+    ]
+
+
 @masks
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_functions(function, mask):
-    f, p = msbp.sparse_vjp(function, SKIP), PARAMS
-    got = jax.jit(jax.value_and_grad(masked_loss(f, mask), argnums=(0, 1)))(p, X)
-    want = jax.jit(jax.value_and_grad(masked_loss(function, mask), argnums=(0, 1)))(p, X)
-    assert_trees_close(got, want)
+    sparse, plain = compiled(function)
+    assert_trees_close(sparse(mask, PARAMS, X), plain(mask, PARAMS, X))
 
 
 @pytest.mark.parametrize("function", [mlp, stacked, rematerialized, jitted], ids=lambda f: f.__name__)
@@ -87,10 +96,9 @@ def test_bit_for_bit_where_no_row_is_0(function):
 
 @masks
 def test_under_vmap_members_have_rows_of_their_own(mask):
-    f, p = msbp.sparse_vjp(mlp, SKIP), PARAMS
     members = jnp.stack([mask, jnp.roll(mask, 1), jnp.ones(ROWS)])
-    grads = lambda f: jax.vmap(lambda mask: jax.grad(masked_loss(f, mask))(p, X))(members)
-    assert_trees_close(grads(f), grads(mlp))
+    grads = lambda f: jax.vmap(f, in_axes=(0, None, None))(members, PARAMS, X)
+    assert_trees_close(*map(grads, compiled(mlp)))
 
 
 @pytest.mark.parametrize(
@@ -98,15 +106,15 @@ def test_under_vmap_members_have_rows_of_their_own(mask):
 )
 @masks
 def test_every_backend(backend, mask):
-    f, p = msbp.sparse_vjp(mlp, SKIP, backend=backend), PARAMS
-    assert_trees_close(jax.grad(masked_loss(f, mask))(p, X), jax.grad(masked_loss(mlp, mask))(p, X))
+    sparse, plain = compiled(mlp, backend=backend)
+    assert_trees_close(sparse(mask, PARAMS, X), plain(mask, PARAMS, X))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(dtype):
     p, x = jax.tree.map(lambda a: a.astype(dtype), (PARAMS, X))
     mask = MASKS["half of them are"].astype(dtype)
-    got, want = (jax.grad(masked_loss(f, mask))(p, x) for f in (msbp.sparse_vjp(mlp, SKIP), mlp))
+    got, want = (jax.jit(jax.grad(masked_loss(f, mask)))(p, x) for f in (msbp.sparse_vjp(mlp, SKIP), mlp))
     assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype(dtype)}
     assert_trees_close(got, want, rtol=4e-2)
 
@@ -123,8 +131,8 @@ class Net(nn.Module):
 @masks
 def test_linen(mask):
     model = msbp.sparse_vjp(Net(), SKIP)
-    variables = model.init(jax.random.key(0), X)
-    grad = lambda m: jax.grad(lambda v: (m.apply(v, X) ** 2 * mask[:, None]).sum())(variables)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
+    grad = lambda m: jax.jit(jax.grad(lambda v: (m.apply(v, X) ** 2 * mask[:, None]).sum()))(variables)
     assert_trees_close(grad(model), grad(Net()))
 
 

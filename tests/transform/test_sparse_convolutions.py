@@ -27,7 +27,7 @@ def normal(seed, *shape):
 
 
 def close(got, want):
-    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(want)) + 1e-30
+    scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(want)) + 1e-30
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=3e-5 * scale), got, want)
 
 
@@ -45,14 +45,15 @@ def check(f, params, x, include=("*kernel",), axes=3, density=0.3, native=True):
     dense, model = msbp.densify(sparse), msbp.sparse_weights(f)
     loss = lambda f: lambda p, x: jnp.sum(jnp.sin(f(p, x)))
     run = lambda p, x: model(p, sparse["sparsity"], x)
-    value, (of_params, of_x) = jax.value_and_grad(loss(run), argnums=(0, 1))(sparse["params"], x)
-    want, (dense_params, dense_x) = jax.value_and_grad(loss(f), argnums=(0, 1))(dense["params"], x)
-    mask = msbp.densify({**sparse, "params": jax.tree.map(jnp.ones_like, sparse["params"])})["params"]
+    differentiate = lambda f: jax.jit(jax.value_and_grad(loss(f), argnums=(0, 1)))
+    value, (of_params, of_x) = differentiate(run)(sparse["params"], x)
+    want, (dense_params, dense_x) = differentiate(f)(dense["params"], x)
+    mask = msbp.densify({**sparse, "params": jax.tree.map(np.ones_like, sparse["params"])})["params"]
     close(value, want)
     close(of_x, dense_x)
     close(
         msbp.densify({**sparse, "params": of_params})["params"],
-        jax.tree.map(lambda g, m: jnp.where(m != 0, g, 0), dense_params, mask),
+        jax.tree.map(lambda g, m: np.where(np.asarray(m) != 0, g, 0), dense_params, mask),
     )
     if native:
         rows = rows_of(model, sparse, x)
@@ -65,7 +66,7 @@ def rows_of(model, sparse, x):
     return model.report(sparse["params"], sparse["sparsity"], x).weights
 
 
-@settings(max_examples=40)
+@settings(max_examples=24)
 @given(
     st.tuples(st.integers(1, 4), st.integers(1, 14), st.integers(1, 14)),
     st.tuples(st.integers(1, 4), st.integers(1, 4)),
@@ -120,7 +121,7 @@ class CNN(nn.Module):
 
 
 X = normal(0, 8, 6, 6, 3)
-PARAMS = CNN().init(jax.random.key(0), X)["params"]
+PARAMS = jax.jit(CNN().init)(jax.random.key(0), X)["params"]
 WRAPS = {
     "plain": lambda f: f,
     "jit": jax.jit,
@@ -229,8 +230,8 @@ def test_with_a_sparse_gradient(name):
         )
     )
     differentiate = msbp.value_and_grad if options else jax.value_and_grad
-    got = differentiate(loss(model, sparse))(sparse["params"], *options.values())
-    want = differentiate(loss(inner, dense))(dense["params"], *options.values())
+    got = jax.jit(differentiate(loss(model, sparse)))(sparse["params"], *options.values())
+    want = jax.jit(differentiate(loss(inner, dense)))(dense["params"], *options.values())
     close(got[0], want[0])
     kept = msbp.densify({**sparse, "params": jax.tree.map(jnp.ones_like, sparse["params"])})["params"]
     masked = jax.tree.map(lambda g, m: jnp.where(m != 0, g, 0), want[1], kept)
@@ -245,7 +246,7 @@ def test_images_on_eight_devices(backend, images):
     sparse = msbp.prune({"params": PARAMS}, density=0.3, include=["second/kernel"], input_axes={"second/*": 3})
     model, x = msbp.sparse_weights(CNN(), backend=backend), normal(1, images, 6, 6, 3)
     loss = lambda p, s, x: jnp.sum(jnp.sin(model.apply({"params": p, "sparsity": s}, x)))
-    want = jax.grad(loss)(sparse["params"], sparse["sparsity"], x)
+    want = jax.jit(jax.grad(loss))(sparse["params"], sparse["sparsity"], x)
     whole, split = PartitionSpec(), PartitionSpec("d")
     held = jax.device_put(sparse, NamedSharding(mesh, whole))
     placed = jax.device_put(x, NamedSharding(mesh, split if images == 16 else whole))
@@ -303,8 +304,8 @@ def test_export_and_second_derivatives_by_xla():
     exported = jax.export.export(jax.jit(model))(*shapes, jax.ShapeDtypeStruct((b, 6, 6, 3), jnp.float32))
     close(exported.call(sparse["params"], sparse["sparsity"], X), f(dense["params"], X))
     norm = lambda f: lambda x: jnp.sum(jax.grad(lambda x: jnp.sum(jnp.sin(f(x))))(x) ** 2)
-    got = jax.grad(norm(lambda x: model(sparse["params"], sparse["sparsity"], x)))(X)
-    close(got, jax.grad(norm(lambda x: f(dense["params"], x)))(X))
+    got = jax.jit(jax.grad(norm(lambda x: model(sparse["params"], sparse["sparsity"], x))))(X)
+    close(got, jax.jit(jax.grad(norm(lambda x: f(dense["params"], x))))(X))
 
 
 @pytest.mark.parametrize(

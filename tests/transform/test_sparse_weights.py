@@ -33,21 +33,21 @@ class MLP(nn.Module):
 
 def twins(module, x, density=0.15, **options):
     """Return the sparse model and its variables, and the dense variables."""
-    sparse = msbp.prune(module.init(jax.random.key(1), x), density=density, **options)
+    sparse = msbp.prune(jax.jit(module.init)(jax.random.key(1), x), density=density, **options)
     return msbp.sparse_weights(module), sparse, msbp.densify(sparse)
 
 
 def masked(sparse, gradients):
     """Return a dense model's gradients with zeros where the sparse one has no entries."""
-    ones = msbp.densify({**sparse, "params": jax.tree.map(jnp.ones_like, sparse["params"])})["params"]
-    return jax.tree.map(jnp.multiply, gradients, ones)
+    ones = msbp.densify({**sparse, "params": jax.tree.map(np.ones_like, sparse["params"])})["params"]
+    return jax.tree.map(np.multiply, gradients, ones)
 
 
 def check(model, sparse, module, dense, x, wrap=lambda f: f):
     """Compare result and gradients with those of the dense twin."""
     of_sparse = wrap(lambda p, x: model.apply({**sparse, "params": p}, x))
     of_dense = wrap(lambda p, x: module.apply({**dense, "params": p}, x))
-    SHARP(of_sparse(sparse["params"], x), of_dense(dense["params"], x))
+    SHARP(jax.jit(of_sparse)(sparse["params"], x), jax.jit(of_dense)(dense["params"], x))
     loss = lambda f: lambda p, x: jnp.sum(jnp.sin(f(p, x).astype(jnp.float32)))
     dp, dx = jax.jit(jax.grad(loss(of_sparse), (0, 1)))(sparse["params"], x)
     want_dp, want_dx = jax.jit(jax.grad(loss(of_dense), (0, 1)))(dense["params"], x)
@@ -87,9 +87,10 @@ def test_every_way_to_multiply(rows, m, n, share, way, seed):
         return
     g = msbp.sparse_weights(f)
     of_sparse = lambda w, x: jnp.sum(jnp.sin(g(w, sparse["sparsity"], x)))
-    dw, dx = jax.grad(of_sparse, (0, 1))(sparse["params"], x)
-    want_dw, want_dx = jax.grad(lambda w, x: jnp.sum(jnp.sin(f(w, x))), (0, 1))(jnp.where(mask, w, 0), x)
-    SHARP(msbp.densify({**sparse, "params": dw})["params"], jnp.where(mask, want_dw, 0))
+    dw, dx = jax.jit(jax.grad(of_sparse, (0, 1)))(sparse["params"], x)
+    of_dense = jax.jit(jax.grad(lambda w, x: jnp.sum(jnp.sin(f(w, x))), (0, 1)))
+    want_dw, want_dx = of_dense(np.where(mask, w, 0), x)
+    SHARP(msbp.densify({**sparse, "params": dw})["params"], np.where(mask, want_dw, 0))
     SHARP(dx, want_dx)
 
 
@@ -170,9 +171,14 @@ def test_within(name):
     check(model, sparse, MLP(), dense, x, WRAPS[name])
     inner = WRAPS[name](lambda p, x: MLP().apply({"params": p}, x))
     f = msbp.sparse_weights(inner)
-    SHARP(f(sparse["params"], sparse["sparsity"], x), inner(dense["params"], x))
-    got = jax.grad(lambda p: jnp.sum(jnp.cos(f(p, sparse["sparsity"], x))))(sparse["params"])
-    want = jax.grad(lambda p: jnp.sum(jnp.cos(inner(p, x))))(dense["params"])
+
+    def found(f):
+        """Return the result, and the gradient of a loss, compiled at once."""
+        return jax.jit(lambda p: (f(p), jax.grad(lambda p: jnp.sum(jnp.cos(f(p))))(p)))
+
+    y, got = found(lambda p: f(p, sparse["sparsity"], x))(sparse["params"])
+    want_y, want = found(lambda p: inner(p, x))(dense["params"])
+    SHARP(y, want_y)
     SHARP(msbp.densify({**sparse, "params": got})["params"], masked(sparse, want))
     rows = f.report(sparse["params"], sparse["sparsity"], x).weights
     assert all(row.products and "sees the dense" not in row.warning for row in rows)
