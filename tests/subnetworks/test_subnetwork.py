@@ -95,7 +95,7 @@ def test_a_module_with_norms_dropout_and_a_residual():
     module, variables = sub.extract(VARIABLES, sample.first)
     assert module.widths["inner"] == int(masks["inner"].sum())
     assert module.widths["groups"] == 8 * int(masks["groups"].sum())
-    CLOSE(module.apply(variables, X), whole_with_masks(masks))
+    CLOSE(jax.jit(module.apply)(variables, X), jax.jit(whole_with_masks)(masks))
 
 
 def whole_with_masks(masks):

@@ -90,10 +90,11 @@ def test_backends_are_one(name):
 
 
 @pytest.mark.slow
-@every
-@pytest.mark.parametrize("backend", [None, "xla"])
-def test_eight_devices_are_one(sparsifier, backend):
-    f = msbp.sparse_vjp(network, sparsifier, backend=backend)
+@pytest.mark.parametrize(
+    ("name", "backend"), [*((name, None) for name in EVERY), ("dithered", "xla"), ("dithered 8 bits", "xla")]
+)
+def test_eight_devices_are_one(name, backend):
+    f = msbp.sparse_vjp(network, EVERY[name], backend=backend)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     step, memory = jax.jit(msbp.value_and_grad(loss_of(f))), f.init_memory(PARAMS, X)
     spread = jax.device_put((X, TARGET), NamedSharding(mesh, P("data")))

@@ -69,14 +69,15 @@ def test_is_the_explicit_memory(decay):
         model.init_memory(variables, X, train=False),
     )
     opt_state = state.tx.init(params)
+
+    def loss_fn(params, memory, x, batch_stats):
+        variables = {"params": params, "batch_stats": batch_stats}
+        y_hat, updates = model.apply(variables, x, mutable=["batch_stats"], memory=memory)
+        return ((y_hat - Y) ** 2).mean(), updates
+
+    explicit = jax.jit(msbp.value_and_grad(loss_fn, has_aux=True))
+
     for scale in (1.0, 2.0, 0.5, 1.0):
-
-        def loss_fn(params, memory, x, batch_stats):
-            variables = {"params": params, "batch_stats": batch_stats}
-            y_hat, updates = model.apply(variables, x, mutable=["batch_stats"], memory=memory)
-            return ((y_hat - Y) ** 2).mean(), updates
-
-        explicit = jax.jit(msbp.value_and_grad(loss_fn, has_aux=True))
         (want, updates), grads, memory = explicit(params, memory, X * scale, batch_stats)
         batch_stats = updates["batch_stats"]
         updates, opt_state = state.tx.update(grads, opt_state, params)

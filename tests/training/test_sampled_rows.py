@@ -206,10 +206,10 @@ def test_attention_within_examples_leaves_examples_apart():
     """The draw is over axis 0: a sequence is left out whole, or weighed up whole."""
     x = jax.random.normal(jax.random.key(6), (8, 6, 8))
     model = msbp.sparse_vjp(Transformer(), msbp.sample_rows(count=4))
-    variables = model.init(jax.random.key(1), x)
+    variables = jax.jit(model.init)(jax.random.key(1), x)
     memory = model.init_memory(variables, x)
-    got = jax.grad(lambda x: jnp.sin(model.apply(variables, x, memory=memory)).sum())(x)
-    dense = jax.grad(lambda x: jnp.sin(Transformer().apply(variables, x)).sum())(x)
+    got = jax.jit(jax.grad(lambda x: jnp.sin(model.apply(variables, x, memory=memory)).sum()))(x)
+    dense = jax.jit(jax.grad(lambda x: jnp.sin(Transformer().apply(variables, x)).sum()))(x)
     weight = (got * dense).sum(axis=(1, 2)) / (dense**2).sum(axis=(1, 2))
     assert np.count_nonzero(weight) == 4
     assert_trees_close(got, dense * weight[:, None, None], rtol=1e-4)

@@ -42,7 +42,7 @@ S = msbp.memorized(msbp.top_k(k=6, rows_per_group=2), decay=0.8)
 
 def test_train_step_equals_the_loop_written_out():
     loss_fn, params, memory = setup(S)
-    tx = optax.sgd(0.1, momentum=0.9)
+    tx, grad = optax.sgd(0.1, momentum=0.9), jax.jit(msbp.value_and_grad(loss_fn))
     for given in (None, tx):
         copy = jax.tree.map(jnp.copy, (params, memory))
         state = msbp.TrainState.create(apply_fn=None, params=copy[0], tx=tx, memory=copy[1])
@@ -50,7 +50,7 @@ def test_train_step_equals_the_loop_written_out():
         p, m, opt = params, memory, tx.init(params)
         for _ in range(3):
             state, loss = step(state, BATCH)
-            want, grads, m = jax.jit(msbp.value_and_grad(loss_fn))(p, m, BATCH)
+            want, grads, m = grad(p, m, BATCH)
             updates, opt = tx.update(grads, opt, p)
             p = optax.apply_updates(p, updates)
             assert_trees_close(loss, want)

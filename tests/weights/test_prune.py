@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import msbp_jax as msbp
@@ -63,6 +63,7 @@ def test_random_entries_are_drawn_alike():
     assert abs(kept / 400 - 0.3).max() < 5 * (0.3 * 0.7 / 400) ** 0.5
 
 
+@settings(max_examples=12)  # shapes, each of which is compiled for
 @given(
     st.integers(1, 12),
     st.integers(1, 12),
