@@ -124,12 +124,13 @@ def sparse_gradients(f, params, x, memory=None, compiled=True):
     return (jax.jit(step) if compiled else step)(params, memory, x)
 
 
-# Groups that do and do not divide the rows are the kernels' affair: three constructs have them all.
+# Groups that do and do not divide the rows are the kernels' affair: three constructs have them all, the others one.
 ALL_GROUPS = ("straight", "stacked_scan", "in_switch_in_scan")
 
 
 @pytest.mark.parametrize(
-    ("name", "group"), [(n, g) for n in CONSTRUCTS for g in (GROUPS if n in ALL_GROUPS else (1, None))]
+    ("name", "group"),
+    [(n, g) for i, n in enumerate(CONSTRUCTS) for g in (GROUPS if n in ALL_GROUPS else [(1, None)[i % 2]])],
 )
 def test_masked_twin(name, group):
     params, x = data()

@@ -71,16 +71,18 @@ TOP = msbp.top_k(k=7, rows_per_group=4)
 WHOLE_BATCH = msbp.top_k(k=7, rows_per_group=None)
 
 
+def pairs(*cases):
+    """Return every case over the batch's axis, and half of them, by turns, for each other placement."""
+    others = [("tensor", AxisType.Auto), ("fsdp", AxisType.Auto), ("data", AxisType.Explicit)]
+    whole = [("data", AxisType.Auto, *case) for case in cases]
+    return whole + [(*other, *case) for i, other in enumerate(others) for case in cases[i % 2 :: 2]]
+
+
 # With explicit axes, JAX asks for an out_sharding of products of sharded weights in the program itself.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("placement", "kind"),
-    [*((placement, AxisType.Auto) for placement in PLACES), ("data", AxisType.Explicit)],
-    ids=str,
-)
-@pytest.mark.parametrize(
-    ("sparsifier", "extra"),
-    [
+    ("placement", "kind", "sparsifier", "extra"),
+    pairs(
         # What the sparse backward adds: a mean of the memory for each of two sites, a sum and a number of rows; where
         # the whole batch makes one choice, a sum of its scores as well; nothing where each shard keeps its own memory.
         (TOP, []),
@@ -89,7 +91,7 @@ WHOLE_BATCH = msbp.top_k(k=7, rows_per_group=None)
         (msbp.memorized(WHOLE_BATCH, 0.8), [("all-reduce", N), ("all-reduce", 1), ("all-reduce", N)] * 2),
         (msbp.memorized(WHOLE_BATCH, 0.8, reduce="local", shards=4), []),
         (msbp.memorized(TOP, 0.8, reduce="local", shards=4), []),
-    ],
+    ),
     ids=lambda value: None if isinstance(value, list) else str(value),
 )
 def test_sharded_under_jit(placement, sparsifier, extra, kind):
