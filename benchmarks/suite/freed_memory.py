@@ -20,7 +20,6 @@ from benchmarks.suite.context import Context
 SIZES = ((1024, 2048), (2048, 2048))  # rows, width
 SMALL = ((16, 64),)
 PROCESSES = 1  # of each kind
-METHODS = ("dense", "MSBP", "rows, 1/4")
 _WARM_UP = 2
 
 type Found = dict[str, tuple[float, float]]  # of each method milliseconds and page faults, medians
@@ -28,12 +27,12 @@ type Found = dict[str, tuple[float, float]]  # of each method milliseconds and p
 
 def measure(context: Context) -> Iterator[Row]:
     """Yield, for each size and method, a step without and with `keep_freed_memory`."""
-    processes, methods = (1, METHODS[:2]) if context.small else (PROCESSES, METHODS)
+    processes = 1 if context.small else PROCESSES
     for size in SMALL if context.small else SIZES:
         found: dict[bool, list[Found]] = {False: [], True: []}
         for _ in range(processes):
             for kept, results in found.items():
-                results.append(_in_a_new_process(kept, size, context.rounds, methods))
+                results.append(_in_a_new_process(kept, size, context.rounds))
         for method in found[True][0]:
             given_back, held = (
                 [statistics.median(result[method][what] for result in results) for what in (0, 1)]
@@ -50,13 +49,13 @@ def measure(context: Context) -> Iterator[Row]:
             }
 
 
-def _in_a_new_process(kept: bool, size: tuple[int, int], rounds: int, methods: tuple[str, ...]) -> Found:
+def _in_a_new_process(kept: bool, size: tuple[int, int], rounds: int) -> Found:
     spawn = multiprocessing.get_context("spawn")  # a fork would have the settings of this process
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(_steps, kept, size, rounds, methods).result()
+        return pool.submit(_steps, kept, size, rounds).result()
 
 
-def _steps(kept: bool, size: tuple[int, int], rounds: int, chosen: tuple[str, ...]) -> Found:
+def _steps(kept: bool, size: tuple[int, int], rounds: int) -> Found:
     """Return what steps take in this process."""
     if kept and not msbp.keep_freed_memory():
         raise RuntimeError("keep_freed_memory() says that nothing can be done here: measure on Linux with glibc.")
@@ -65,8 +64,7 @@ def _steps(kept: bool, size: tuple[int, int], rounds: int, chosen: tuple[str, ..
     x, y = jax.random.normal(keys[0], (rows, 784)), jax.random.randint(keys[1], (rows,), 0, 10)
     setting = Setting(f"MLP {width}", MLP(width, 3), x, y, 128)
     top_k = msbp.memorized(msbp.top_k(density=0.04, rows_per_group=128), decay=0.8)
-    plans = {"dense": None, "MSBP": top_k, "rows, 1/4": msbp.sample_rows(density=0.25)}
-    methods = {name: plans[name] for name in chosen}
+    methods = {"dense": None, "MSBP": top_k, "rows, 1/4": msbp.sample_rows(density=0.25)}
     tx, calls = optax.sgd(0.01), {}
     for method, plan in methods.items():
         gradients, params, memory = problem(setting, plan)

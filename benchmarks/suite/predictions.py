@@ -84,7 +84,6 @@ NETWORKS = {
 }
 MIN_FEATURES = 64  # as in sparse_vjp
 SMALL = {"MLP 784-64-10, batch 8": Network(MLP(64, 2), (8, 784))}
-SMALL_METHODS = ("top-k 4 %, r=32", "MSBP 4 %, r=1", "rows 25 %")
 OPTIMIZERS = {"momentum": optax.sgd(0.01, momentum=0.9), "Adam": optax.adam(1e-3)}
 
 
@@ -104,14 +103,13 @@ def methods() -> dict[str, Method]:
 
 def measure(context: Context) -> Iterator[Row]:
     """Yield, for each network and method, the dense step over the sparse one, and what was predicted."""
-    chosen = {name: method for name, method in methods().items() if not context.small or name in SMALL_METHODS}
     for name, network in (SMALL if context.small else NETWORKS).items():
         x, y = batch(network)
         variables = network.module.init(jax.random.key(1), x)
         calls: dict[str, Timed] = {"dense": _step(network, None, variables, x, y)}
-        calls |= {method: _step(network, sparsifier, variables, x, y) for method, sparsifier in chosen.items()}
+        calls |= {method: _step(network, sparsifier, variables, x, y) for method, sparsifier in methods().items()}
         ms = medians(calls, context.rounds)
-        for method in chosen:
+        for method in methods():
             told = predicted(name, method, context.small)
             measured = ms["dense"] / ms[method]
             yield {

@@ -120,7 +120,7 @@ def _call(piece: Piece) -> Timed:
 
 
 def families(small: bool = False) -> dict[str, dict[str, Piece]]:
-    """Return all pieces by their families; one of each if `small`."""
+    """Return all pieces by their families; a few of each if `small`."""
     made = {
         "products": _products,
         "columns": _columns,
@@ -133,7 +133,7 @@ def families(small: bool = False) -> dict[str, dict[str, Piece]]:
     }
     if "native" not in kernels.backends()["grad_input"]:
         made = {name: pieces for name, pieces in made.items() if name not in ("columns", "rows and entries")}
-    return {name: dict(itertools.islice(pieces(), 1 if small else None)) for name, pieces in made.items()}
+    return {name: dict(itertools.islice(pieces(), 2 if small else None)) for name, pieces in made.items()}
 
 
 def fit(table: list[Row]) -> dict[str, tuple[float, ...]]:

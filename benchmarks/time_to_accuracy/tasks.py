@@ -139,7 +139,7 @@ def make(name: str, folder: pathlib.Path | None, *, small: bool = False) -> Task
       small: Minute sizes and budgets, to see that it runs.
     """
     task = TASKS[name](folder, small)
-    return dataclasses.replace(task, batch=32, budgets=(0.1, 0.2), rates=task.rates[:2]) if small else task
+    return dataclasses.replace(task, batch=32, budgets=(0.2, 0.4, 0.6), rates=task.rates[:2]) if small else task
 
 
 def _mnist(folder: pathlib.Path | None, small: bool) -> Task:

@@ -30,12 +30,12 @@ def test_every_network_trains_dense_and_dithered(name):
 
 
 def test_from_the_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "SCALES", ())
+    monkeypatch.setattr(command, "SCALES", (2,))
     monkeypatch.setattr(command, "IN_8_BITS", (2,))
     arguments = ["zeros", "--tasks", "mlp", "--small", "--seeds", "2", "--out", str(tmp_path)]
     command.main(arguments)
     files = sorted((tmp_path / "zeros").iterdir())
-    assert len(files) == 2 * 2
+    assert len(files) == 3 * 2
     for found in (json.loads(file.read_text()) for file in files):
         check("mlp", found["plan"] != "dense", found)
     assert (found["task"], found["seed"]) == ("mlp", 1)

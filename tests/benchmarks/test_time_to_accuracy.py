@@ -16,11 +16,11 @@ def test_a_task_from_the_command_line(tmp_path, monkeypatch, capsys):
     arguments = ["mnist", "--small", "--out", str(tmp_path), "--only", "dense", "rows .95"]
     command.main(arguments)
     files = sorted(file.name for file in (tmp_path / "mnist").iterdir())
-    assert len(files) == 2 * (2 + 2)  # two rates are tried, and two budgets run
-    found = json.loads((tmp_path / "mnist" / "rows_95_rate_0_05_seed_1000_budget_0_2.json").read_text())
+    assert len(files) == 2 * (2 + 3)  # two rates are tried, and three budgets run
+    found = json.loads((tmp_path / "mnist" / "rows_95_rate_0_05_seed_1000_budget_0_4.json").read_text())
     assert (found["method"], found["batch"], found["rate"]) == ("rows .95", 32, 0.05)
     last = found["points"][-1]
-    assert last["seconds"] >= 0.2
+    assert last["seconds"] >= 0.4
     assert 10 < last["accuracy"] <= 100
     assert 0 < last["density"] <= 1
     assert (tmp_path / "mnist.png").stat().st_size > 1000

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import msbp_jax as msbp
-
 pytestmark = pytest.mark.slow
 
 EXAMPLES = sorted((pathlib.Path(__file__).parents[2] / "examples").glob("*.py"))
@@ -77,14 +75,8 @@ def test_example_without_data(name, steps, chance, smaller, capsys, monkeypatch)
     assert [line.split()[0] for line in lines if "accuracy" in line] == ["dense", "top-k", "MSBP"]
 
 
-def test_sparse_from_scratch(tmp_path, capsys, monkeypatch):
+def test_sparse_from_scratch(tmp_path, capsys):
     module = load(EXAMPLES[0].with_name("sparse_from_scratch.py"))
-    pruning = msbp.gradual_pruning  # each stage compiles: three in place of eight
-
-    def in_three(density, *, begin, end, every, **options):
-        return pruning(density, begin=begin, end=end, every=max(every, (end - begin) // 2), **options)
-
-    monkeypatch.setattr(msbp, "gradual_pruning", in_three)
     accuracies = module.main(steps=80, density=0.2, width=48)
     assert list(accuracies) == ["dense", "static", "SET", "RigL", "gradual"]
     assert min(accuracies.values()) > 0.3

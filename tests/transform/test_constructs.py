@@ -237,9 +237,8 @@ def test_sites_and_shapes_of_their_memory(name):
     assert_trees_equal(f.init_memory(*abstract), f.init_memory(params, x))
 
 
-# One for each kind of memory: alone, in a loop, in branches, in a jit and rematerialised.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["straight", "in_jit", "loop_over_slices", "in_switch_in_scan", "in_cond", "in_remat"])
+@construct
 def test_a_second_step_does_not_compile(name):
     params, x = data()
     f = wrapped(name, msbp.memorized(msbp.random_k(k=K, rows_per_group=4), decay=0.8))
