@@ -55,7 +55,7 @@ for name, function, s, place in (
     numbers = [leaf for leaf in jax.tree.leaves(memory) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     total = jax.jit(lambda m: sum(jnp.abs(leaf).sum() for leaf in m))(numbers)
     with open(sys.argv[4], "a") as results:
-        results.write(f"{name}: {float(loss):.6f} {float(jnp.abs(p['w']).sum()):.4f} {float(total):.6f}\n")
+        print(f"{name}: {float(loss):.6f} {float(jnp.abs(p['w']).sum()):.4f} {float(total):.6f}", file=results)
 """
 
 
@@ -74,8 +74,8 @@ def test_two_processes_compute_what_one_does(tmp_path):
     files = [tmp_path / name for name in ("one", "first of two", "second of two")]
     places = [(0, 1, ""), (0, 2, address), (1, 2, address)]
     started = [_start(*place, file) for place, file in zip(places, files, strict=True)]
-    for process in started:
-        _, errors = process.communicate(timeout=240)
+    said = [process.communicate(timeout=240)[1] for process in started]  # all end before one is looked at
+    for process, errors in zip(started, said, strict=True):
         assert process.returncode == 0, errors[-2000:]
     one, *two = [[line.split(": ") for line in file.read_text().splitlines()] for file in files]
     assert [name for name, _ in one] == ["jit", "whole batch", "local", "shard_map", "rows", "rows in shard_map"]
